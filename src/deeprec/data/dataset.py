@@ -75,12 +75,14 @@ class Dataset:
         steps = np.arange(max_history)
         source = (target - lengths)[:, None] + steps
         real = steps < lengths[:, None]
+        source = np.where(real, source, 0)
         return Requests(
             users=rows,
-            history=np.where(real, self.items[np.where(real, source, 0)], 0),
+            history=np.where(real, self.items[source], 0),
             lengths=lengths,
             targets=self.items[target],
             timestamps=self.timestamps[target],
+            history_timestamps=np.where(real, self.timestamps[source], 0),
         )
 
     def train_slice(self, user: int, held_out: int = HELD_OUT) -> slice:

@@ -22,6 +22,7 @@ class Requests:
     lengths: [B] number of real items in each history, at least 1.
     targets: [B] item id that the user took next.
     timestamps: [B] unix seconds of the target: the date of the request.
+    history_timestamps: [B, L] unix seconds of the history, padded like it.
     """
 
     users: Int64Array
@@ -29,15 +30,21 @@ class Requests:
     lengths: Int64Array
     targets: Int64Array
     timestamps: Int64Array
+    history_timestamps: Int64Array
 
     def __post_init__(self) -> None:
         shapes = {field.name: getattr(self, field.name).shape for field in fields(self)}
         rows = len(self.users)
-        if self.history.ndim != 2 or any(
-            shape[:1] != (rows,) or (name != "history" and len(shape) != 1)
+        padded = self.history.shape if self.history.ndim == 2 else (rows, -1)
+        if any(
+            shape != (padded if name.startswith("history") else (rows,))
+            or padded[0] != rows
             for name, shape in shapes.items()
         ):
-            raise ValueError(f"expected history [B, L] and everything else [B], got {shapes}")
+            raise ValueError(
+                "expected history and history_timestamps [B, L] and everything else [B], "
+                f"got {shapes}"
+            )
 
     def __len__(self) -> int:
         return len(self.users)
