@@ -11,6 +11,7 @@ from deeprec.data import formats
 from deeprec.data.dataset import Dataset
 from deeprec.data.prepare import prepare
 from deeprec.data.report import LoadReport
+from deeprec.data.tables import COLUMNS
 
 __all__ = ["DataConfig", "load_dataset"]
 
@@ -26,17 +27,25 @@ class DataConfig:
     path: str | None = None
     """Folder of the data set; None is the embedded MovieTweetings 100K."""
     format: str | None = None
-    """File format (see deeprec.data.formats); None finds it from the file names."""
+    """folder, movielens-100k, movielens-1m, movielens-latest, amazon-2023 or recbole; None finds it
+    from the file names."""
     min_interactions: int = 5
     """Users and items with fewer are dropped, repeatedly (k-core). Users need 4 in any case."""
     min_rating: float | None = None
     """Interactions rated lower are dropped; None keeps all."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Column names of your files where they differ, e.g. {"user_id": "customer"}."""
+    """Column names of your files where they differ from user_id, item_id, rating, timestamp, title
+    and categories, e.g. {"user_id": "customer"}; for the formats folder and recbole."""
 
     def __post_init__(self) -> None:
         if self.min_interactions < 1:
             raise ValueError(f"min_interactions must be at least 1, got {self.min_interactions}")
+        unknown = set(self.columns) - set(COLUMNS)
+        if unknown:
+            raise ValueError(
+                f"columns must map {', '.join(COLUMNS)} to names in the files, got the keys "
+                f"{', '.join(sorted(unknown))}"
+            )
 
 
 def load_dataset(config: DataConfig | None = None) -> Dataset:
@@ -54,7 +63,7 @@ def load_dataset(config: DataConfig | None = None) -> Dataset:
 
 def _load(folder: Path, source: str, config: DataConfig) -> Dataset:
     name = formats.choose(folder, config.format)
-    tables = formats.FORMATS[name].read(folder, config.columns)
+    tables = formats.FORMATS[name].load(folder, config.columns)
     report = LoadReport(source=source, format=name)
     dataset = prepare(tables, report, config.min_interactions, config.min_rating)
     logger.info("%s", report)

@@ -42,12 +42,15 @@ def prepare(
     interactions = _clean(interactions, report)
     if min_rating is not None:
         interactions = _with_rating(interactions, min_rating, report)
+    known = interactions["item_id"].isin(tables.items["item_id"])
+    interactions = _keep(interactions, known, "item id is not in the item table", report)
     items = _titled_items(tables.items, interactions["item_id"], report)
+    titled = interactions["item_id"].isin(items["item_id"])
+    interactions = _keep(interactions, titled, "item has no title", report)
     interactions = interactions.assign(
         user=pd.factorize(interactions["user_id"])[0],
         item=pd.Index(items["item_id"]).get_indexer(interactions["item_id"]),
     )[["user", "item", "timestamp"]]
-    interactions = _keep(interactions, interactions["item"] >= 0, "item without a title", report)
     interactions = interactions.sort_values(["user", "timestamp", "item"], kind="stable")
     first = ~interactions.duplicated(["user", "item"])
     interactions = _keep(interactions, first, "user took the item before; first one kept", report)
@@ -80,12 +83,14 @@ def _with_rating(interactions: pd.DataFrame, min_rating: float, report: LoadRepo
     if "rating" not in interactions.columns:
         raise DataError(f"min_rating={min_rating} was given, but {report.source} has no ratings")
     ratings = _numbers(interactions["rating"], "rating", "numbers")
-    return _keep(interactions, ratings >= min_rating, f"rating below {min_rating:g}", report)
+    return _keep(
+        interactions, ratings >= min_rating, f"rating missing or below {min_rating:g}", report
+    )
 
 
 def _numbers(column: pd.Series, name: str, expected: str) -> pd.Series:
     numbers = pd.to_numeric(column, errors="coerce")
-    wrong = numbers.isna() & column.notna()
+    wrong = ~np.isfinite(numbers) & column.notna()
     if wrong.any():
         raise DataError(
             f"column {name!r} must hold {expected}, got {column[wrong].iloc[0]!r}; convert it "
@@ -113,20 +118,25 @@ def _titled_items(items: pd.DataFrame, used: pd.Series, report: LoadReport) -> p
 def _unique(titles: list[str]) -> list[str]:
     """Titles with "(2)", "(3)", ... put before the year of each repetition, ignoring case."""
     taken = {title.lower() for title in titles}
-    seen: set[str] = set()
+    copies: dict[str, int] = {}
     result = []
     for title in titles:
-        candidate = title
-        if title.lower() in seen:
-            year = _YEAR_AT_END.search(title)
-            name, end = (title[: year.start()], year[0]) if year else (title, "")
-            number = 2
-            while (candidate := f"{name} ({number}){end}").lower() in taken:
-                number += 1
-            taken.add(candidate.lower())
-        seen.add(candidate.lower())
-        result.append(candidate)
+        key = title.lower()
+        unique = title
+        if key in copies:
+            while unique.lower() in taken:
+                copies[key] += 1
+                unique = _numbered(title, copies[key])
+            taken.add(unique.lower())
+        else:
+            copies[key] = 1
+        result.append(unique)
     return result
+
+
+def _numbered(title: str, number: int) -> str:
+    year = _YEAR_AT_END.search(title)
+    return f"{title[: year.start()]} ({number}){year[0]}" if year else f"{title} ({number})"
 
 
 def _core(interactions: pd.DataFrame, k: int, report: LoadReport) -> pd.DataFrame:

@@ -37,8 +37,7 @@ class Requests:
         rows = len(self.users)
         padded = self.history.shape if self.history.ndim == 2 else (rows, -1)
         if any(
-            shape != (padded if name.startswith("history") else (rows,))
-            or padded[0] != rows
+            shape != (padded if name.startswith("history") else (rows,)) or padded[0] != rows
             for name, shape in shapes.items()
         ):
             raise ValueError(

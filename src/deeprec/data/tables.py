@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,11 @@ from typing import Any
 
 import pandas as pd
 
-__all__ = ["DataError", "RawTables", "check_columns", "read_csv"]
+__all__ = ["COLUMNS", "DataError", "RawTables", "check_columns", "read_csv"]
+
+
+# What the loader calls the columns of both tables.
+COLUMNS = ("user_id", "item_id", "rating", "timestamp", "title", "categories")
 
 
 class DataError(ValueError):
@@ -47,8 +52,13 @@ def read_csv(path: Path, **options: Any) -> pd.DataFrame:
 
     Only an empty field counts as missing: "NA", "None" and "null" are titles of real items.
     """
-    defaults: dict[str, Any] = {"dtype": str, "keep_default_na": False, "na_values": [""]}
+    defaults: dict[str, Any] = {
+        "dtype": str,
+        "keep_default_na": False,
+        "na_values": [""],
+        "index_col": False,  # else a row with one field too many shifts all columns
+    }
     try:
         return pd.read_csv(path, **(defaults | options))
-    except (ValueError, UnicodeError, EOFError, OSError) as error:
+    except (ValueError, EOFError, OSError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read as a table: {error}") from error

@@ -67,8 +67,14 @@ def _read_table(
     check_columns(table, [column for column in wanted if column != "rating"], path)
     table = table[[column for column in wanted if column in table.columns]]
     ids = [column for column in ("user_id", "item_id") if column in table.columns]
-    # Ids of both tables must meet as text, whatever type a Parquet file gives them.
-    return table.assign(**{column: table[column].astype("string") for column in ids})
+    return table.assign(**{column: _as_text(table[column]) for column in ids})
+
+
+def _as_text(ids: pd.Series) -> pd.Series:
+    """Ids as text, so that both tables meet whatever type a Parquet file gave them."""
+    if ids.dtype.kind == "f":  # whole numbers become floats where some are missing
+        ids = ids.astype("Int64")
+    return ids.astype("string")
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:
