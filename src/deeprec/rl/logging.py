@@ -19,9 +19,7 @@ def read_metrics(path: Path) -> list[dict[str, float | int | str]]:
     if not path.exists():
         return []
     lines = path.read_text().split("\n")
-    return [
-        json.loads(line) for line in lines[:-1]
-    ]  # text after the last line break is half a line
+    return [json.loads(line) for line in lines[:-1]]
 
 
 class MetricsLog:

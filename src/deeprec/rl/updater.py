@@ -7,7 +7,6 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import numpy as np
 import torch
