@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -23,7 +22,7 @@ class StepClock:
     """Seconds spent in the named parts of a step."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = {}
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -34,31 +33,33 @@ class StepClock:
             yield
         finally:
             _synchronize()
-            self.seconds[name] += time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def trajectory_sums(trajectories: Sequence[Trajectory]) -> Counter[str]:
-    """Sums over scored trajectories; those of several processes add up with ``update``."""
-    sums: Counter[str] = Counter(trajectories=len(trajectories), dropped=0)
+def trajectory_sums(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Sums over scored trajectories, to be added to those of other processes."""
+    sums: dict[str, float] = {"trajectories": len(trajectories), "dropped": 0}
+
+    def add(name: str, value: float) -> None:
+        sums[name] = sums.get(name, 0.0) + value
+
     for trajectory in trajectories:
         rewards = trajectory.rewards
         assert rewards is not None
-        sums.update({f"reward/{name}": float(getattr(rewards, name)) for name in REWARDS})
-        sums.update(f"broken/{rule}" for rule in rewards.broken_rules)
-        sums.update(
-            {
-                f"finish/{trajectory.finish}": 1,
-                "dropped": int(trajectory.finish == "too_long"),
-                "valid_rate": int(not rewards.broken_rules),
-                "tool_calls": len(trajectory.turns),
-                "response_tokens": len(trajectory.response_ids),
-                "sampled_tokens": sum(trajectory.policy_mask),
-            }
-        )
+        for name in REWARDS:
+            add(f"reward/{name}", getattr(rewards, name))
+        for rule in rewards.broken_rules:
+            add(f"broken/{rule}", 1)
+        add(f"finish/{trajectory.finish}", 1)
+        add("dropped", trajectory.finish == "too_long")
+        add("valid_rate", not rewards.broken_rules)
+        add("tool_calls", len(trajectory.turns))
+        add("response_tokens", len(trajectory.response_ids))
+        add("sampled_tokens", sum(trajectory.policy_mask))
     return sums
 
 
-def trajectory_means(sums: Counter[str]) -> dict[str, float]:
+def trajectory_means(sums: Mapping[str, float]) -> dict[str, float]:
     """Means per trajectory of rewards and sizes; broken rules, endings and drops as counts."""
     n = max(sums["trajectories"], 1)
     return {

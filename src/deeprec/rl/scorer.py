@@ -23,7 +23,9 @@ def backbone_and_head(policy: nn.Module) -> tuple[nn.Module, nn.Linear]:
 
     Looks through PEFT adapters. Raises ValueError when the model has no plain linear head.
     """
-    causal: Any = policy.get_base_model() if hasattr(policy, "peft_config") else policy
+    causal: Any = policy
+    if hasattr(policy, "peft_config"):
+        causal = causal.get_base_model()
     head = causal.get_output_embeddings() if hasattr(causal, "get_output_embeddings") else None
     if not isinstance(head, nn.Linear):
         raise ValueError(

@@ -130,11 +130,11 @@ class Trainer:
             updates = self._updater.update(sequences, self._step)
             self.engine.sync_weights()
 
+        parts = gather_object([(trajectory_sums(trajectories), sum(map(len, sequences)))])
         sums: Counter[str] = Counter()
-        trained = sum(len(sequence) for sequence in sequences)
-        for part in gather_object([(trajectory_sums(trajectories), trained)]):
-            sums.update({**part[0], "trained_tokens": part[1]})
-        trained = sums.pop("trained_tokens")
+        for part, _ in parts:
+            sums.update(part)
+        trained = sum(tokens for _, tokens in parts)
         return {
             **trajectory_means(sums),
             **updates,
@@ -176,18 +176,16 @@ class Trainer:
     def _advantages(self, credit: Credit, groups: NDArray[np.int64]) -> NDArray[np.float64]:
         """Advantages [n, S] of this process's trajectories, normalised over all processes'."""
         parts = gather_object([(credit.returns, credit.tokens, groups)])
-        width = max(returns.shape[1] for returns, _, _ in parts)
-        every = [
-            np.concatenate(
-                [np.pad(part[i], ((0, 0), (0, width - part[i].shape[1]))) for part in parts]
-            )
-            for i in range(2)
-        ]
+        width = max(part[0].shape[1] for part in parts)
+        returns, tokens = (
+            np.concatenate([np.pad(p[i], ((0, 0), (0, width - p[i].shape[1]))) for p in parts])
+            for i in (0, 1)
+        )
         # Prompts are numbered within a process: tell them apart.
         prompts = np.concatenate(
             [part[2] + i * self.config.prompts_per_step for i, part in enumerate(parts)]
         )
-        advantages = self._advantage(every[0], prompts, every[1])
+        advantages = self._advantage(returns, prompts, tokens)
         start = sum(len(part[2]) for part in parts[: self.accelerator.process_index])
         return advantages[start : start + len(groups)]
 
