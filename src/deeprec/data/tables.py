@@ -52,13 +52,11 @@ def read_csv(path: Path, **options: Any) -> pd.DataFrame:
 
     Only an empty field counts as missing: "NA", "None" and "null" are titles of real items.
     """
-    defaults: dict[str, Any] = {
-        "dtype": str,
-        "keep_default_na": False,
-        "na_values": [""],
-        "index_col": False,  # else a row with one field too many shifts all columns
-    }
+    defaults: dict[str, Any] = {"dtype": str, "keep_default_na": False, "na_values": [""]}
     try:
-        return pd.read_csv(path, **(defaults | options))
+        table = pd.read_csv(path, **(defaults | options))
     except (ValueError, EOFError, OSError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read as a table: {error}") from error
+    if not isinstance(table.index, pd.RangeIndex):  # what pandas makes of surplus first fields
+        raise DataError(f"{path}: the first row has more fields than the header")
+    return table
