@@ -3,6 +3,7 @@
 from deeprec.eval.bootstrap import bootstrap_means, paired, summarise
 from deeprec.eval.metrics import METRICS, UserMetrics, evaluate_ranking, evaluate_trajectories
 from deeprec.eval.popularity import Popularity, RecentPopularity, tune_recent_weight
+from deeprec.eval.records import conversation_record
 from deeprec.eval.results import build_results, write_results
 from deeprec.eval.retrieval import evaluate_popularity, evaluate_trm, evaluate_trm_with_date
 
@@ -13,6 +14,7 @@ __all__ = [
     "UserMetrics",
     "bootstrap_means",
     "build_results",
+    "conversation_record",
     "evaluate_popularity",
     "evaluate_ranking",
     "evaluate_trajectories",

@@ -12,7 +12,7 @@ from typing import Any
 from deeprec.eval.bootstrap import paired, summarise
 from deeprec.eval.metrics import UserMetrics
 
-__all__ = ["build_results", "write_results"]
+__all__ = ["build_results", "replace_text", "write_results"]
 
 
 def build_results(
@@ -36,8 +36,12 @@ def build_results(
 
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
-    """Write ``results`` as JSON; the file is replaced at once or, on an error, left as it was."""
-    text = json.dumps(results, indent=2, allow_nan=False) + "\n"
+    """Write ``results`` as JSON, replacing the file at once."""
+    replace_text(path, json.dumps(results, indent=2, allow_nan=False) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that it is always whole: the old one stays until the new one is on disk."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:

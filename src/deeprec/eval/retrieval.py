@@ -9,7 +9,6 @@ import torch
 
 from deeprec.eval.metrics import LIST_SIZE, UserMetrics, evaluate_ranking
 from deeprec.eval.popularity import Popularity, RecentPopularity, best_first, tune_recent_weight
-from deeprec.ops import SeenItems
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -87,6 +86,8 @@ def _retrieve(
         raise ValueError(
             f"preference must have one row a request ({len(requests)}), got {len(preference)}"
         )
+    from deeprec.ops import SeenItems
+
     k = min(k, trm.config.n_items)
     device = next(trm.parameters()).device
     values, indices = [], []
