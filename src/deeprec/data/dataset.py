@@ -67,21 +67,28 @@ class Dataset:
         """
         if split not in _FROM_END:
             raise ValueError(f"split must be one of {', '.join(_FROM_END)}, got {split!r}")
+        return self.requests_at(self.offsets[self._users(users) + 1] - _FROM_END[split], max_history)
+
+    def requests_at(self, rows: Int64Array, max_history: int = 20) -> Requests:
+        """The requests whose targets are these rows [B] of ``items``, in that order.
+
+        Raises ValueError when a target is its user's first item: its history would be empty.
+        """
         if max_history < 1:
             raise ValueError(f"max_history must be at least 1, got {max_history}")
-        rows = self._users(users)
-        target = self.offsets[rows + 1] - _FROM_END[split]
-        lengths = np.minimum(target - self.offsets[rows], max_history)
+        users = np.searchsorted(self.offsets, rows, side="right") - 1
+        lengths = np.minimum(rows - self.offsets[users], max_history)
+        if len(rows) and lengths.min() < 1:
+            raise ValueError("rows: a user's first item has no history and cannot be a target")
         steps = np.arange(max_history)
-        source = (target - lengths)[:, None] + steps
         real = steps < lengths[:, None]
-        source = np.where(real, source, 0)
+        source = np.where(real, (rows - lengths)[:, None] + steps, 0)
         return Requests(
-            users=rows,
+            users=users,
             history=np.where(real, self.items[source], 0),
             lengths=lengths,
-            targets=self.items[target],
-            timestamps=self.timestamps[target],
+            targets=self.items[rows],
+            timestamps=self.timestamps[rows],
             history_timestamps=np.where(real, self.timestamps[source], 0),
         )
 
