@@ -76,12 +76,12 @@ class TransformersEngine:
             )
         self.tokenizer = tokenizer
         self.sampling = sampling or SamplingConfig()
-        self._config = model.config.get_text_config(decoder=True)
-        self.text = TokenText(tokenizer, self._config.vocab_size)
         self.forwarded_tokens = 0  # tokens that went through the model so far
         self._source = model
         self._copies = dtype is not None and dtype != model.dtype
         self.model = copy.deepcopy(model).to(dtype).eval() if self._copies else model
+        self._config = self.model.config.get_text_config(decoder=True)
+        self.text = TokenText(tokenizer, self._config.vocab_size)
         self._eos = _eos_ids(model, tokenizer)
         self._max_step_tokens = max_step_tokens
 
