@@ -6,15 +6,19 @@ import hashlib
 import importlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from rich.progress import Progress, TimeRemainingColumn
+from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import cached_file
 
@@ -28,8 +32,8 @@ logger = logging.getLogger(__name__)
 _MINILM = "minilm"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Below this many texts a progress bar would only flicker (a second on two CPU cores).
-_PROGRESS_FROM = 1024
+# Seconds before a progress bar appears: shorter work would only make it flicker.
+_PROGRESS_AFTER = 2.0
 
 
 @dataclass
@@ -39,7 +43,8 @@ class EncoderConfig:
     model: str | None = None
     """Hugging Face name or path; None or "minilm" is all-MiniLM-L6-v2 from the extra `demo`."""
     query_prefix: str = ""
-    """Put before queries (preferences), not before documents (items), as bge models want it."""
+    """Put before queries (preferences), not before documents (items), as bge models want it; with
+    a blank at its end where one belongs between the two."""
     max_tokens: int = 256
     """Longer texts are cut; so are those beyond what the model can take."""
     batch_size: int = 64
@@ -122,33 +127,43 @@ class SentenceEncoder:
             return self._run_model(texts)
         stored = self._disk.get(texts)
         missing = [position for position, vector in enumerate(stored) if vector is None]
+        found = [position for position, vector in enumerate(stored) if vector is not None]
         result = torch.empty(len(texts), self.dim)
-        for position, vector in enumerate(stored):
-            if vector is not None:
-                result[position] = torch.from_numpy(vector)
+        if found:
+            vectors = np.stack([vector for vector in stored if vector is not None])
+            result[found] = torch.from_numpy(vectors)
         if missing:
             new = [texts[position] for position in missing]
-            computed = self._run_model(new)
+            result[missing] = computed = self._run_model(new)
             self._disk.add(new, computed.numpy())
-            result[missing] = computed
         return result
 
     @torch.no_grad()
     def _run_model(self, texts: list[str]) -> Tensor:
         tokens = self._tokenizer(texts, truncation=True, max_length=self._max_tokens)["input_ids"]
+        if not all(tokens):
+            empty = texts[tokens.index([])]
+            raise ValueError(f"texts must not be empty for {self.name}, got {empty!r}")
         # Texts of similar length share a batch, so that little padding is computed.
         order = sorted(range(len(texts)), key=lambda position: -len(tokens[position]))
         result = torch.empty(len(texts), self.dim)
         with _progress(len(texts), f"encoding texts with {self.name}") as advance:
             for start in range(0, len(order), self._batch_size):
                 batch = order[start : start + self._batch_size]
-                padded = self._tokenizer.pad(
-                    {"input_ids": [tokens[position] for position in batch]}, return_tensors="pt"
-                ).to(self._model.device)
-                states = self._model(**padded).last_hidden_state
-                result[batch] = self._pooling(states, padded["attention_mask"]).cpu()
+                ids, mask = self._padded([tokens[position] for position in batch])
+                states = self._model(input_ids=ids, attention_mask=mask).last_hidden_state
+                result[batch] = self._pooling(states, mask).cpu()
                 advance(len(batch))
         return result
+
+    def _padded(self, tokens: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Token ids and their mask (1 = token), both int64 [B, T], on the model's device."""
+        side, pad = self._tokenizer.padding_side, float(self._tokenizer.pad_token_id or 0)
+        rows = [torch.tensor(row) for row in tokens]
+        ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side=side)
+        ones = [torch.ones_like(row) for row in rows]
+        mask = pad_sequence(ones, batch_first=True, padding_side=side)
+        return ids.to(self._model.device), mask.to(self._model.device)
 
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
@@ -220,9 +235,19 @@ def _cache_dir(config: EncoderConfig) -> Path:
 
 
 @contextmanager
-def _progress(total: int, title: str) -> Iterator[Any]:
-    """A progress bar for long work; yields the function that advances it."""
-    columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn())
-    with Progress(*columns, transient=True, disable=total < _PROGRESS_FROM) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda count: progress.advance(task, count)
+def _progress(total: int, title: str) -> Iterator[Callable[[int], None]]:
+    """A progress bar on a terminal for work that takes long; yields what advances it."""
+    progress = Progress(console=Console(stderr=True), transient=True)
+    task = progress.add_task(title, total=total)
+    appears = time.monotonic() + _PROGRESS_AFTER
+
+    def advance(count: int) -> None:
+        progress.advance(task, count)
+        if progress.console.is_terminal and time.monotonic() > appears:
+            progress.start()
+
+    try:
+        yield advance
+    finally:
+        if progress.live.is_started:
+            progress.stop()
