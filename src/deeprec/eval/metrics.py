@@ -103,6 +103,6 @@ def evaluate_trajectories(trajectories: Sequence[Trajectory]) -> UserMetrics:
         [t.ranked for t in trajectories],
         [t.target for t in trajectories],
         users=[t.user for t in trajectories],
-        valid=[has_valid_list(t, LIST_SIZE) for t in trajectories],
+        valid=[has_valid_list(t) for t in trajectories],
         turns=[len(t.turns) for t in trajectories],
     )

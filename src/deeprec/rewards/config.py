@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from deeprec.rollout.protocol import LIST_LENGTH
+
 __all__ = ["ListwiseReward", "RewardConfig", "Stage", "TitleMatch"]
 
 Stage = Literal["cold", "rec"]
@@ -32,7 +34,7 @@ class RewardConfig:
     # Diversity: weight * (1 - mean pairwise cosine of the preferences).
     diversity_weight: float = 0.2
 
-    list_size: int = 10  # lines a valid list holds
+    list_size: int = LIST_LENGTH  # items a valid list holds
     # List-wise: hit_base + (list_size - rank) * hit_step at the 0-based rank of the target.
     # "ndcg" pays the same at the top and falls off as 1 / log2(rank + 2), which is what
     # the evaluation measures.

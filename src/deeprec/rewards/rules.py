@@ -16,6 +16,7 @@ from deeprec.rollout.protocol import (
     ITEMS_CLOSE,
     ITEMS_OPEN,
     LIST_CLOSE,
+    LIST_LENGTH,
     LIST_OPEN,
     PREFERENCE_CLOSE,
     PREFERENCE_OPEN,
@@ -88,7 +89,7 @@ def broken_in_trajectory(
     return tuple(broken)
 
 
-def has_valid_list(trajectory: Trajectory, list_size: int = 10) -> bool:
+def has_valid_list(trajectory: Trajectory, list_size: int = LIST_LENGTH) -> bool:
     """Whether a trajectory ended with a list of ``list_size`` items, none of them twice."""
     return trajectory.finish == "done" and not any(_list_rules(trajectory.ranked, list_size, True))
 
