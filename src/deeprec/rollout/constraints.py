@@ -140,6 +140,7 @@ class ListState:
         if node is not None:  # the title is complete, this is the first token after it
             self._fixed, self._at = self._after_title(), 0
             self._remove()
+            self._node = None
             self._line += 1
         self._at += 1
         if self._at == len(self._fixed):
