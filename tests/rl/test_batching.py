@@ -46,7 +46,7 @@ def test_rows_point_at_the_tokens_before(make_trajectory: Callable) -> None:
 def test_padding_and_packing_give_the_same_logprobs(
     make_trajectory: Callable, tiny_policy: Callable
 ) -> None:
-    scorer = PolicyScorer(tiny_policy(), temperature=0.7).eval()
+    scorer = PolicyScorer(tiny_policy(), temperature=0.7)
     sequences = [
         sequence(
             make_trajectory,
@@ -67,11 +67,9 @@ def test_padding_and_packing_give_the_same_logprobs(
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_micro_batches_keep_to_the_budget(make_trajectory: Callable, packed: bool) -> None:
-    sequences = [
-        sequence(make_trajectory, prompt=1 + n % 7, response=2 + n % 3) for n in range(20)
-    ]
+    sequences = [sequence(make_trajectory, prompt=1 + n % 7, response=2 + n % 3) for n in range(20)]
     groups = micro_batches(sequences, max_tokens=20, packed=packed)
-    assert sorted(map(id, sum(groups, []))) == sorted(map(id, sequences))
+    assert sorted(id(s) for group in groups for s in group) == sorted(map(id, sequences))
     for group in groups:
         lengths = [len(s) for s in group]
         assert (sum(lengths) if packed else max(lengths) * len(lengths)) <= 20

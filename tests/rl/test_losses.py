@@ -29,9 +29,7 @@ def loss_of(
 def test_first_update_has_the_policy_gradient() -> None:
     logprobs = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
     advantages = torch.tensor([1.0, -2.0, 0.5])
-    loss, _ = loss_of(
-        logprobs, old=logprobs.detach(), advantages=advantages, config=LossConfig()
-    )
+    loss, _ = loss_of(logprobs, old=logprobs.detach(), advantages=advantages, config=LossConfig())
     loss.backward()
     assert logprobs.grad is not None
     torch.testing.assert_close(logprobs.grad, -advantages / 3)

@@ -120,6 +120,8 @@ def _open_positions(trajectory: Trajectory, to_go: NDArray[np.float64]) -> NDArr
         return np.zeros(len(to_go), dtype=bool)  # a broken format earns nothing, whatever is listed
     retrieved = {item for turn in trajectory.turns for item in turn.retrieved}
     reachable = trajectory.target in retrieved or trajectory.target in trajectory.ranked
-    listed = np.array([trajectory.target in trajectory.ranked[:k] for k in range(len(to_go))])
+    listed = np.array(
+        [trajectory.target in trajectory.ranked[:k] for k in range(len(to_go))], dtype=bool
+    )
     # A dense gain (point-wise similarity) is never settled: there is always something left.
     return (to_go != 0.0) | (reachable & ~listed)

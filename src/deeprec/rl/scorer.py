@@ -13,7 +13,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from deeprec.ops import linear_logprobs
 from deeprec.rl.batching import MicroBatch
 
-__all__ = ["PolicyScorer", "backbone_and_head", "checkpointed_layers", "uses_packing"]
+__all__ = [
+    "PolicyScorer",
+    "backbone_and_head",
+    "checkpointed_layers",
+    "enable_checkpointing",
+    "uses_packing",
+]
 
 HEAD_TOLERANCE = 1e-2  # in units of the logits' own spread: bf16 rounding stays far below it
 
@@ -42,6 +48,14 @@ def uses_packing(policy: nn.Module) -> bool:
     return "flash" in (attention or "")
 
 
+def enable_checkpointing(policy: nn.Module) -> None:
+    """Let the policy's layers recompute activations inside :func:`checkpointed_layers`."""
+    model: Any = policy
+    # transformers renamed the method during version 5
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
 @contextmanager
 def checkpointed_layers(policy: nn.Module, active: bool) -> Iterator[None]:
     """Recompute activations in the backward pass, in here, if ``active``.
@@ -63,8 +77,8 @@ class PolicyScorer(nn.Module):
     """``forward(batch)`` -> log-probs and entropies, float32 [N], of a batch's policy tokens.
 
     Taken after temperature and the constraint of each token, as the engine takes them. ``bf16``
-    runs under autocast. Holds the policy as a submodule, so that distributed wrappers see its
-    parameters.
+    runs under autocast. The policy goes into evaluation mode and is held as a submodule, so that
+    distributed wrappers see its parameters.
     """
 
     def __init__(self, policy: nn.Module, *, temperature: float = 1.0, bf16: bool = False) -> None:
@@ -72,6 +86,7 @@ class PolicyScorer(nn.Module):
         self.policy = policy
         self.temperature = temperature
         self.bf16 = bf16
+        self.eval()  # dropout would make these log-probs differ from the engine's
         self.check_head()
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:

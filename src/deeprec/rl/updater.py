@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from deeprec.rl.batching import MicroBatch, TrainSequence, collate, micro_batches
 from deeprec.rl.config import RLConfig
 from deeprec.rl.losses import policy_loss, token_weights
-from deeprec.rl.scorer import PolicyScorer, checkpointed_layers, uses_packing
+from deeprec.rl.scorer import PolicyScorer, checkpointed_layers, enable_checkpointing, uses_packing
 
 __all__ = ["PolicyUpdater", "TrainingDiverged"]
 
@@ -49,9 +49,8 @@ class PolicyUpdater:
         self.policy, self.config, self.accelerator = policy, config, accelerator
         self.updates = 0
         """Updates applied so far."""
-        policy.eval()  # dropout would make the trainer's log-probs differ from the engine's
         if config.gradient_checkpointing:
-            policy.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            enable_checkpointing(policy)
         self._bf16 = config.precision == "bf16"
         self._temperature = temperature
         self._packed = uses_packing(policy)
@@ -175,7 +174,7 @@ class PolicyUpdater:
         return collate(sequences, packed=self._packed).to(self.accelerator.device)
 
     def _score_with(self, policy: nn.Module) -> PolicyScorer:
-        return PolicyScorer(policy, temperature=self._temperature, bf16=self._bf16).eval()
+        return PolicyScorer(policy, temperature=self._temperature, bf16=self._bf16)
 
     def _freeze(self, reference: nn.Module | None) -> PolicyScorer | None:
         """The scorer of the reference; None where there is no KL, or adapters are switched off."""
@@ -185,7 +184,7 @@ class PolicyUpdater:
             if hasattr(self.policy, "peft_config"):
                 return None
             reference = copy.deepcopy(self.policy)
-        frozen = reference.eval().requires_grad_(False).to(self.accelerator.device)
+        frozen = reference.requires_grad_(False).to(self.accelerator.device)
         return self._score_with(frozen)
 
     def _reference_logprobs(self, batch: MicroBatch) -> Tensor:
