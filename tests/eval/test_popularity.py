@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from deeprec.eval import Popularity, RecentPopularity, tune_recent_weight
+from deeprec.eval import Popularity, RecentPopularity, tune_recent
 
 DAY = 86_400
 
@@ -24,7 +24,7 @@ def test_history_is_left_out_or_kept():
 def test_recent_counts_against_a_plain_count():
     rng = np.random.default_rng(0)
     items, times = rng.integers(1, 9, 300), rng.integers(0, 100 * DAY, 300)
-    recent = RecentPopularity(items, times, n_items=8, days=10)
+    recent = RecentPopularity(items, times, n_items=8)
     now = rng.integers(0, 110 * DAY, 20)
     candidates = rng.integers(1, 9, (20, 5))
     counts = [
@@ -34,22 +34,35 @@ def test_recent_counts_against_a_plain_count():
         ]
         for row, t in enumerate(now)
     ]
-    np.testing.assert_allclose(recent.log_counts(now, candidates), counts)
+    np.testing.assert_allclose(recent.log_counts(now, candidates, 10), counts)
 
 
 def test_the_moment_of_the_request_itself_is_not_known():
-    recent = RecentPopularity([1, 1, 2], [5, 10, 10], n_items=2, days=1)
-    assert recent.log_counts(np.array([10]), np.array([[1, 2]])) == pytest.approx(
+    recent = RecentPopularity([1, 1, 2], [5, 10, 10], n_items=2)
+    assert recent.log_counts(np.array([10]), np.array([[1, 2]]), 1) == pytest.approx(
         np.log1p([[1, 0]])
     )
 
 
-def test_the_weight_follows_what_helps():
+def test_the_blend_follows_what_helps():
     rng = np.random.default_rng(1)
+    # Item 3 is taken daily of late, item 4 was taken more often a week ago.
+    recent = RecentPopularity([3] * 20 + [4] * 40, [99 * DAY] * 20 + [93 * DAY] * 40, n_items=30)
     candidates = np.repeat(np.arange(1, 31)[None], 200, axis=0)
-    scores, logs = rng.random((200, 30)) * 0.1, rng.random((200, 30)) * 5
-    assert tune_recent_weight(scores, candidates, logs, 1 + scores.argmax(axis=1)) == 0
-    assert tune_recent_weight(scores, candidates, logs, 1 + logs.argmax(axis=1)) >= 0.1
+    scores, now = rng.random((200, 30)) * 0.1, np.full(200, 100 * DAY)
+    by_score = tune_recent(scores, candidates, recent, now, 1 + scores.argmax(axis=1))
+    assert by_score.weight == 0
+    this_week = tune_recent(scores, candidates, recent, now, np.full(200, 3))
+    assert this_week.weight > 0 and this_week.days < 7
+    last_week = tune_recent(scores, candidates, recent, now, np.full(200, 4))
+    assert last_week.weight > 0 and last_week.days >= 7
+
+
+def test_recent_ranking_leaves_the_history_out():
+    recent = RecentPopularity([1, 1, 1, 2, 2, 3], [5] * 6, n_items=3)
+    now, history = np.array([9, 9]), np.array([[1, 0], [3, 2]])
+    assert recent.rank(now, history, 1, 3).tolist() == [[2, 3, 0], [1, 0, 0]]
+    assert recent.rank(now, None, 1, 2).tolist() == [[1, 2], [1, 2]]
 
 
 def test_bad_items_raise():

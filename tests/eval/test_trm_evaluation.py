@@ -7,8 +7,14 @@ import pytest
 import torch
 
 from deeprec.data import Requests
-from deeprec.eval import Popularity, RecentPopularity, evaluate_popularity
-from deeprec.eval.retrieval import evaluate_trm, evaluate_trm_with_date
+from deeprec.eval import (
+    Popularity,
+    RecentPopularity,
+    evaluate_popularity,
+    evaluate_recent_popularity,
+    evaluate_trm,
+    evaluate_trm_with_date,
+)
 
 N_ITEMS, USERS, DAY = 40, 1100, 86_400  # more users than one batch holds
 
@@ -73,11 +79,11 @@ def test_a_short_list_where_k_is_below_ten():
 
 
 def test_the_date_helps_where_what_is_recent_is_taken():
-    validation, test = make_requests(1), make_requests(2, when=101 * DAY)
+    validation, test = make_requests(1), make_requests(2)
     for requests in (validation, test):  # everybody takes one of the two items of the week
         requests.targets[:] = 7 + np.arange(USERS) % 2 * 20
     recent = RecentPopularity([7, 27] * 50, [99 * DAY] * 100, N_ITEMS)
-    found, weight = evaluate_trm_with_date(
+    found, blend = evaluate_trm_with_date(
         LastItemTRM(),
         test,
         validation,
@@ -86,8 +92,22 @@ def test_the_date_helps_where_what_is_recent_is_taken():
         exclude_history=False,
     )
     alone = evaluate_trm(LastItemTRM(), test, exclude_history=False)
-    assert weight > 0
+    assert blend.weight > 0
     assert found.values["recall@5"].mean() == 1 > alone.values["recall@5"].mean()
+
+
+def test_recent_popularity_with_a_tuned_window():
+    validation, test = make_requests(1), make_requests(2, when=101 * DAY)
+    for requests in (validation, test):
+        requests.targets[:] = 7
+    old, new = RecentPopularity([7, 9, 9], [0, 0, 0], N_ITEMS), [98 * DAY, 90 * DAY, 90 * DAY]
+    recent = RecentPopularity([7, 9, 9], new, N_ITEMS)
+    found, days = evaluate_recent_popularity(
+        test, validation, recent=recent, recent_validation=recent, exclude_history=False
+    )
+    assert days in {3, 7} and found.values["recall@1"].mean() == 1
+    found, _ = evaluate_recent_popularity(test, validation, recent=old, recent_validation=recent)
+    assert found.values["recall@1"].mean() == 0
 
 
 def test_popularity_over_all_requests():

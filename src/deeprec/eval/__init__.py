@@ -2,14 +2,20 @@
 
 from deeprec.eval.bootstrap import bootstrap_means, paired, summarise
 from deeprec.eval.metrics import METRICS, UserMetrics, evaluate_ranking, evaluate_trajectories
-from deeprec.eval.popularity import Popularity, RecentPopularity, tune_recent_weight
+from deeprec.eval.popularity import Popularity, RecentBlend, RecentPopularity, tune_recent
 from deeprec.eval.records import conversation_record
 from deeprec.eval.results import build_results, write_results
-from deeprec.eval.retrieval import evaluate_popularity, evaluate_trm, evaluate_trm_with_date
+from deeprec.eval.retrieval import (
+    evaluate_popularity,
+    evaluate_recent_popularity,
+    evaluate_trm,
+    evaluate_trm_with_date,
+)
 
 __all__ = [
     "METRICS",
     "Popularity",
+    "RecentBlend",
     "RecentPopularity",
     "UserMetrics",
     "bootstrap_means",
@@ -17,11 +23,12 @@ __all__ = [
     "conversation_record",
     "evaluate_popularity",
     "evaluate_ranking",
+    "evaluate_recent_popularity",
     "evaluate_trajectories",
     "evaluate_trm",
     "evaluate_trm_with_date",
     "paired",
     "summarise",
-    "tune_recent_weight",
+    "tune_recent",
     "write_results",
 ]

@@ -8,7 +8,14 @@ import numpy as np
 import torch
 
 from deeprec.eval.metrics import LIST_SIZE, UserMetrics, evaluate_ranking
-from deeprec.eval.popularity import Popularity, RecentPopularity, best_first, tune_recent_weight
+from deeprec.eval.popularity import (
+    RECENT_DAYS,
+    Popularity,
+    RecentBlend,
+    RecentPopularity,
+    best_first,
+    tune_recent,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -16,7 +23,12 @@ if TYPE_CHECKING:
     from deeprec.data import Requests
     from deeprec.trm import PreferenceAwareTRM
 
-__all__ = ["evaluate_popularity", "evaluate_trm", "evaluate_trm_with_date"]
+__all__ = [
+    "evaluate_popularity",
+    "evaluate_recent_popularity",
+    "evaluate_trm",
+    "evaluate_trm_with_date",
+]
 
 # Re-ranked by recent popularity. Deep enough to lift a title that the TRM alone would not show:
 # the comparison is to be as strong as the date makes it.
@@ -50,6 +62,35 @@ def evaluate_trm(
     return evaluate_ranking(ranked, requests.targets, users=requests.users)
 
 
+def evaluate_recent_popularity(
+    requests: Requests,
+    validation: Requests,
+    *,
+    recent: RecentPopularity,
+    recent_validation: RecentPopularity,
+    exclude_history: bool = True,
+) -> tuple[UserMetrics, float]:
+    """Metrics of recommending what was popular in the days before the request, and those days.
+
+    Everything else is as in :func:`evaluate_trm_with_date`.
+    """
+
+    def evaluate(known: RecentPopularity, asked: Requests, days: float) -> UserMetrics:
+        ranked = np.concatenate(
+            [
+                known.rank(p.timestamps, p.history if exclude_history else None, days, LIST_SIZE)
+                for p in _parts(asked)
+            ]
+        )
+        return evaluate_ranking(ranked, asked.targets, users=asked.users)
+
+    def quality(days: float) -> float:
+        return float(evaluate(recent_validation, validation, days).values["ndcg@10"].mean())
+
+    days = max(RECENT_DAYS, key=quality)
+    return evaluate(recent, requests, days), days
+
+
 def evaluate_trm_with_date(
     trm: PreferenceAwareTRM,
     requests: Requests,
@@ -58,20 +99,20 @@ def evaluate_trm_with_date(
     recent: RecentPopularity,
     recent_validation: RecentPopularity,
     exclude_history: bool = True,
-) -> tuple[UserMetrics, float]:
-    """Metrics of the TRM given the request date, and the weight that was tuned.
+) -> tuple[UserMetrics, RecentBlend]:
+    """Metrics of the TRM given the request date, and the blend that was tuned.
 
     Score = cosine + weight * log(1 + interactions in the days before the request), over the
-    TRM's first 1000 items. The weight is chosen on ``validation`` with ``recent_validation``,
-    which must not know the validation targets; ``recent`` must not know the test targets.
+    TRM's first 1000 items. Days and weight are chosen on ``validation`` with
+    ``recent_validation``, which must not know the validation targets; ``recent`` must not know
+    the test targets.
     """
     scores, items = _retrieve(trm, validation, CANDIDATES, exclude_history)
-    logs = recent_validation.log_counts(validation.timestamps, items)
-    weight = tune_recent_weight(scores, items, logs, validation.targets)
+    blend = tune_recent(scores, items, recent_validation, validation.timestamps, validation.targets)
     scores, items = _retrieve(trm, requests, CANDIDATES, exclude_history)
-    scores += weight * recent.log_counts(requests.timestamps, items)
+    scores += blend.weight * recent.log_counts(requests.timestamps, items, blend.days)
     ranked = best_first(scores, items, LIST_SIZE)
-    return evaluate_ranking(ranked, requests.targets, users=requests.users), weight
+    return evaluate_ranking(ranked, requests.targets, users=requests.users), blend
 
 
 def _retrieve(

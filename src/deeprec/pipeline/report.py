@@ -28,7 +28,7 @@ QUESTIONS = (
 )
 SYSTEM_NAMES = {
     "popularity": "Popularity",
-    "popularity_recent": "Popularity, last 30 days",
+    "popularity_recent": "Popularity, last days",
     "trm": "TRM alone",
     "trm_date": "TRM given the request date",
     "lm": "Pre-trained LM alone",
