@@ -7,6 +7,7 @@ kernels.
 import torch  # noqa: F401  # first, so that the kernels share its OpenMP runtime
 
 from deeprec import backends
+from deeprec.ops import AllowedTokens, gather_logprobs, linear_logprobs
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "backends"]
+__all__ = ["AllowedTokens", "__version__", "backends", "gather_logprobs", "linear_logprobs"]
