@@ -63,11 +63,13 @@ class ChatPrompt:
             question += f"\nToday is {moment:%Y-%m-%d}."
         text = self._instructions + "\n\nNow the user to answer.\n" + question
         if self.tokenizer.chat_template is not None:
-            text = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+            messages = [{"role": "user", "content": text}]
+            opening = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
             )
             # The template writes its own beginning-of-text token.
-            return list(self.tokenizer(text + PROMPT_END, add_special_tokens=False).input_ids)
+            ids = self.tokenizer(f"{opening}{PROMPT_END}", add_special_tokens=False).input_ids
+            return list(ids)
         return list(self.tokenizer(f"{text}\n\n{PROMPT_END}").input_ids)
 
     def _question(self, history: list[int]) -> str:
