@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from deeprec.data import Catalog, Requests
 from deeprec.rollout.protocol import clean_preference, observation_text
-from deeprec.trm.retrieval import SeenItems
+from deeprec.ops import SeenItems
 
 if TYPE_CHECKING:
     from deeprec.text import SentenceEncoder

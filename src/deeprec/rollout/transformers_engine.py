@@ -82,7 +82,7 @@ class TransformersEngine:
         self.model: PreTrainedModel = model
         if self._copies:
             self.model = copy.deepcopy(model).eval()
-            self.model.to(dtype=dtype)
+            self.model.to(dtype=dtype)  # type: ignore[call-arg]
         self._config = self.model.config.get_text_config(decoder=True)
         self.text = TokenText(tokenizer, self._config.vocab_size)
         self._eos = _eos_ids(model, tokenizer)
