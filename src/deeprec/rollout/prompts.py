@@ -26,6 +26,11 @@ from another side if that helps. When you have seen enough, close your thoughts 
 {THINK_CLOSE} and write the {LIST_LENGTH} titles you recommend, best first, one a numbered line, \
 every one of them from the tool's lists."""
 
+# Said at the end of every question: small models have forgotten the task by then.
+_REMINDER = (
+    f"What may the user want next? Ask the tool between {PREFERENCE_OPEN} and {PREFERENCE_CLOSE}."
+)
+
 
 class ChatPrompt:
     """Prompts for a chat model, or in plain text for a model that has no chat template.
@@ -57,7 +62,7 @@ class ChatPrompt:
             moment = datetime.datetime.fromtimestamp(
                 int(requests.timestamps[row]), tz=datetime.timezone.utc
             )
-            question += f"\nToday is {moment:%Y-%m-%d}."
+            question = f"Today is {moment:%Y-%m-%d}. {question}"
         if self.tokenizer.chat_template is None:
             shown = "".join(f"{asked}\n{answer}\n\n" for asked, answer in self._examples)
             return list(self.tokenizer(f"{shown}{question}\n{PROMPT_END}").input_ids)
@@ -73,9 +78,8 @@ class ChatPrompt:
         return list(self.tokenizer(f"{text}{PROMPT_END}", add_special_tokens=False).input_ids)
 
     def _question(self, history: list[int]) -> str:
-        return "The user took, oldest first:" + "".join(
-            f"\n- {self.catalog.text(item)}" for item in history
-        )
+        items = "".join(f"\n- {self.catalog.text(item)}" for item in history)
+        return f"The user took, oldest first:{items}\n{_REMINDER}"
 
     def _example(self, items: range) -> tuple[str, str]:
         """A worked conversation: two items of history, one tool call, a list from its answer."""
