@@ -24,31 +24,41 @@ struct Dots {
       for (; j < n; ++j) rows<1>(codes, j, dots);
     }
 
+    // Unrolled by pragma: the sums must be registers, and the compiler alone leaves some in memory.
     template <int kQueries>
     void rows(const uint8_t* codes, int j, int32_t (*dots)[kGroupRows]) const {
       constexpr int kVectors = Unit::kVectors;
       const int64_t quads = table.quads;
       for (int64_t r = 0; r < kGroupRows; r += kVectors * Unit::kRows) {
         const uint8_t* from[kVectors];
+#pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) {
           const int64_t row = r + v * Unit::kRows;
           from[v] = codes + (row / kBlockRows) * quads * 64 + (row % kBlockRows) * 4;
         }
         typename Unit::Vector sum[kQueries][kVectors];
-        for (int q = 0; q < kQueries; ++q)
+#pragma GCC unroll 8
+        for (int q = 0; q < kQueries; ++q) {
+#pragma GCC unroll 8
           for (int v = 0; v < kVectors; ++v) sum[q][v] = Unit::zero();
+        }
         for (int64_t d = 0; d < quads; ++d) {
           typename Unit::Items items[kVectors];
+#pragma GCC unroll 8
           for (int v = 0; v < kVectors; ++v) items[v] = Unit::items(from[v] + d * 64);
+#pragma GCC unroll 8
           for (int q = 0; q < kQueries; ++q) {
             const typename Unit::Query query = Unit::query(tile, quads, j + q, d);
-            for (int v = 0; v < kVectors; ++v)
-              sum[q][v] = Unit::add(sum[q][v], items[v], query);
+#pragma GCC unroll 8
+            for (int v = 0; v < kVectors; ++v) sum[q][v] = Unit::add(sum[q][v], items[v], query);
           }
         }
-        for (int q = 0; q < kQueries; ++q)
+#pragma GCC unroll 8
+        for (int q = 0; q < kQueries; ++q) {
+#pragma GCC unroll 8
           for (int v = 0; v < kVectors; ++v)
             Unit::store(dots[j + q] + r + v * Unit::kRows, sum[q][v]);
+        }
       }
     }
   };
