@@ -183,8 +183,18 @@ class PreferenceAwareTRM(nn.Module):
         found = self._item_index().search(users, k, rows)
         return TopK(found.values, torch.where(found.indices < 0, -1, found.indices + 1))
 
+    def train(self, mode: bool = True) -> PreferenceAwareTRM:
+        """Training or evaluation mode; training drops what was derived from the parameters."""
+        if mode:
+            self._index = None
+        return super().train(mode)
+
     def _item_index(self) -> ItemIndex:
-        """The item table as an index, built again whenever the table has changed."""
+        """The item table as an index, built again whenever the table has changed.
+
+        Not every change shows in the table's version (fused optimizers leave it alone), so
+        :meth:`train` drops the index as well.
+        """
         table = self.item_embedding.weight
         state = (table.device, table.data_ptr(), table._version)
         if self._index is None or self._index[0] != state:
