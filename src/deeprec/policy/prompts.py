@@ -56,7 +56,7 @@ class TitlePrompt:
     def __init__(self, tokens: TitleTokens) -> None:
         self.tokens = tokens
         encode = tokens.tokenizer.encode
-        self._start = encode(HISTORY_HEADER, add_special_tokens=False)
+        self.start = encode(HISTORY_HEADER, add_special_tokens=False)
         self._end = encode(REQUEST_END, add_special_tokens=False)
 
     def build(self, requests: Requests, row: int) -> list[int]:
@@ -66,4 +66,4 @@ class TitlePrompt:
             requests.history[row, :n], requests.history_timestamps[row, :n]
         )
         date = self.tokens.week(int(requests.timestamps[row]))
-        return [*self._start, *history.tolist(), date, *self._end]
+        return [*self.start, *history.tolist(), date, *self._end]
