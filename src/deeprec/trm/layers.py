@@ -118,9 +118,7 @@ class FeedForward(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(self, states: Tensor) -> Tensor:
-        return self.LayerNorm(
-            states + self.dropout(self.linear_2(F.gelu(self.linear_1(states))))
-        )
+        return self.LayerNorm(states + self.dropout(self.linear_2(F.gelu(self.linear_1(states)))))
 
 
 class EncoderLayer(nn.Module):

@@ -71,6 +71,9 @@ class PreferenceAwareTRM(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.complex_weight, std=INIT_STD)
         with torch.no_grad():
+            # Near the identity: a filter near zero would hide the items behind their positions
+            # and cost several epochs.
+            self.complex_weight[..., 0] += 1.0
             self.item_embedding.weight[0] = 0.0
             texts = self.item_plm_embedding.weight
             texts.requires_grad_(False).zero_()
