@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from deeprec.data import DataConfig
@@ -16,7 +17,7 @@ from deeprec.rollout.types import SamplingConfig
 from deeprec.text import EncoderConfig
 from deeprec.trm import TRMTrainConfig
 
-__all__ = ["EnvironmentConfig", "EvalConfig", "PolicyConfig", "RewardSection", "RunConfig"]
+__all__ = ["EnvironmentConfig", "EvalConfig", "PolicyConfig", "RewardSection", "RunConfig", "plain"]
 
 
 @dataclass
@@ -88,10 +89,16 @@ class EvalConfig:
 
 def _stages() -> list[StageConfig]:
     """The two stages at the size of a laptop."""
-    shared: dict[str, Any] = {"prompts_per_step": 32, "samples_per_prompt": 8}
+    # Credit by list item in both: with one reward for all tokens, stage 1 blurred the order of
+    # the list, which it does not pay for (NDCG@10 -0.013).
+    shared: dict[str, Any] = {
+        "prompts_per_step": 32,
+        "samples_per_prompt": 8,
+        "credit": "list_item",
+    }
     return [
         StageConfig("stage1", reward="cold", steps=12, lr=1e-4, **shared),
-        StageConfig("stage2", reward="rec", steps=30, lr=3e-5, credit="list_item", **shared),
+        StageConfig("stage2", reward="rec", steps=30, lr=5e-5, **shared),
     ]
 
 
@@ -128,3 +135,8 @@ class RunConfig:
     max_rank: int = 100
     stages: list[StageConfig] = field(default_factory=_stages)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+def plain(config: RunConfig) -> dict[str, Any]:
+    """The configuration as what YAML writes: dictionaries, lists and numbers."""
+    return json.loads(json.dumps(asdict(config)))  # tuples become lists
