@@ -3,6 +3,8 @@
 #include <pybind11/stl.h>
 
 #include "cpu/isa.h"
+#include "cpu/logprobs.h"
+#include "cpu/peaks.h"
 #include "cpu/topk.h"
 
 namespace py = pybind11;
@@ -20,12 +22,13 @@ void bind_isa(py::module_& m) {
   m.def("set_isa", &set_isa, py::arg("name"));
 }
 
-// ---- top-k ----
-
+// A tensor crosses as its address (Tensor.data_ptr()), 0 for none.
 template <class T>
 T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
+
+// ---- top-k ----
 
 topk::ItemRows item_rows(uintptr_t data, int64_t count, int64_t dim, int64_t stride,
                          const std::string& dtype) {
@@ -85,10 +88,81 @@ void bind_topk(py::module_& m) {
         py::call_guard<py::gil_scoped_release>());
 }
 
+// ---- bind_logprobs: begin ----
+
+DType parse_dtype(const std::string& name) {
+  if (name == "float32") return DType::f32;
+  if (name == "bfloat16") return DType::bf16;
+  if (name == "float16") return DType::f16;
+  throw std::invalid_argument("dtype must be float32, bfloat16 or float16, got " + name);
+}
+
+void bind_logprobs(py::module_& m) {
+  py::class_<GatherProblem>(m, "GatherProblem")
+      .def(py::init([](uintptr_t logits, const std::string& dtype, uintptr_t row_offsets,
+                       std::tuple<int64_t, int64_t, int64_t> shape, uintptr_t ids, uintptr_t mask,
+                       std::pair<uintptr_t, uintptr_t> allowed, double temperature, int threads) {
+             GatherProblem p;
+             p.logits = pointer<void>(logits);
+             p.dtype = parse_dtype(dtype);
+             p.row_offsets = pointer<int64_t>(row_offsets);
+             std::tie(p.rows, p.vocabulary, p.ids_per_row) = shape;
+             p.ids = pointer<int64_t>(ids);
+             p.mask = pointer<uint8_t>(mask);
+             p.allowed = {pointer<int64_t>(allowed.first), pointer<int64_t>(allowed.second)};
+             p.temperature = temperature;
+             p.threads = threads;
+             return p;
+           }),
+           py::kw_only(), py::arg("logits"), py::arg("dtype"), py::arg("row_offsets"),
+           py::arg("shape"), py::arg("ids"), py::arg("mask"), py::arg("allowed"),
+           py::arg("temperature"), py::arg("threads"));
+  m.def(
+      "gather_logprobs",
+      [](const GatherProblem& p, uintptr_t values, uintptr_t entropy, uintptr_t states) {
+        gather_kernels().forward(
+            p, {pointer<float>(values), pointer<float>(entropy), pointer<SoftmaxState>(states)});
+      },
+      py::arg("problem"), py::kw_only(), py::arg("values"), py::arg("entropy"), py::arg("states"),
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "gather_logprobs_backward",
+      [](const GatherProblem& p, uintptr_t grad_values, uintptr_t grad_entropy, uintptr_t entropy,
+         uintptr_t states, uintptr_t grad_logits) {
+        gather_kernels().backward(
+            p, {pointer<float>(grad_values), pointer<float>(grad_entropy), pointer<float>(entropy),
+                pointer<SoftmaxState>(states), pointer<void>(grad_logits)});
+      },
+      py::arg("problem"), py::kw_only(), py::arg("grad_values"), py::arg("grad_entropy"),
+      py::arg("entropy"), py::arg("states"), py::arg("grad_logits"),
+      py::call_guard<py::gil_scoped_release>());
+}
+
+// ---- bind_logprobs: end ----
+
+// ---- peaks ----
+
+void bind_peaks(py::module_& m) {
+  using namespace peaks;
+  const std::pair<const char*, Unit> units[] = {{"peak_fp32_fma", Unit::fp32_fma},
+                                                {"peak_fp64_fma", Unit::fp64_fma},
+                                                {"peak_int8_dot", Unit::int8_dot},
+                                                {"peak_bf16_dot", Unit::bf16_dot}};
+  for (const auto& [name, unit] : units) {
+    m.def(name,
+          [unit = unit](double seconds, int threads) { return operations(unit, seconds, threads); },
+          py::arg("seconds"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  }
+  m.def("peak_read_bandwidth", &read_bandwidth, py::arg("seconds"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of deeprec";
   bind_isa(m);
   bind_topk(m);
+  bind_peaks(m);
+  bind_logprobs(m);
 }

@@ -136,21 +136,23 @@ void direct(const ItemRows& rows, const uint32_t* order, const double* const* qu
 
 // The integer each query's dots must reach in one block; false if no row of the block can reach
 // any of them, because |dot| <= |query codes| |row codes| <= norm * (norm_b + error_b).
-inline bool block_thresholds(const BlockBound& bound, const Tile& tile, int n, int32_t* need) {
+// Conditions are integers and values selected, not branched on, so that this becomes vectors.
+inline bool block_thresholds(const BlockBound& bound, const Tile& tile, int n,
+                             int32_t* __restrict need) {
   const double inverse_scale = bound.inverse_scale, error = bound.error, norm = bound.norm;
-  double best = -1;
+  int32_t reachable = 0;
   for (int j = 0; j < n; ++j) {
     // 0.001 covers the rounding of this line: a term beyond 2^40 saturates below, smaller ones
     // are good to 2^-13 each.
     const double t =
         tile.threshold[j] * inverse_scale - tile.norm[j] * error - tile.error[j] * norm - 0.001;
-    const double spare = tile.norm[j] * (norm + error) - t;
-    best = best > spare ? best : spare;
-    const double dot = t + tile.offset[j];
-    const double low = dot > -2147483648.0 ? dot : -2147483648.0;
-    need[j] = int32_t(low < 2147483647.0 ? low : 2147483647.0);  // towards zero: at most the ceiling
+    reachable |= int32_t(tile.norm[j] * (norm + error) >= t);
+    double dot = t + tile.offset[j];
+    dot = dot > -2147483648.0 ? dot : -2147483648.0;
+    dot = dot < 2147483647.0 ? dot : 2147483647.0;
+    need[j] = int32_t(dot);  // towards zero: at most the ceiling
   }
-  return best >= 0;
+  return reachable != 0;
 }
 
 inline void pack_once(const Table& table, Tile& tile) {
@@ -186,6 +188,20 @@ int64_t scan(const Table& table, Tile& tile, int64_t begin, int64_t end, HitBuff
   return end;
 }
 
+inline void keep_best(const int32_t* dots, float offset, const float* scale, int32_t first,
+                      float* __restrict score, int32_t* __restrict dot,
+                      int32_t* __restrict position) {
+  for (int half = 0; half < 2; ++half) {
+    for (int r = half * int(kBlockRows); r < (half + 1) * int(kBlockRows); ++r) {
+      const float value = (float(dots[r]) - offset) * scale[half];
+      const bool better = value > score[r];
+      score[r] = better ? value : score[r];
+      dot[r] = better ? dots[r] : dot[r];
+      position[r] = better ? first + r : position[r];
+    }
+  }
+}
+
 void sample(const Table& table, Tile& tile, int64_t groups, int64_t stride, int64_t lanes,
             const Sample& best) {
   alignas(64) int32_t dots[kMaxTile][kGroupRows];
@@ -201,15 +217,8 @@ void sample(const Table& table, Tile& tile, int64_t groups, int64_t stride, int6
                             1.0f / table.bounds[2 * g + 1].inverse_scale};
     for (int j = 0; j < tile.count; ++j) {
       const int64_t lane = j * lanes + (i % sets) * kGroupRows;
-      const float offset = float(tile.offset[j]);
-      for (int r = 0; r < int(kGroupRows); ++r) {
-        const float value = (float(dots[j][r]) - offset) * scale[r / kBlockRows];
-        const bool better = value > best.score[lane + r];
-        best.score[lane + r] = better ? value : best.score[lane + r];
-        best.dot[lane + r] = better ? dots[j][r] : best.dot[lane + r];
-        best.position[lane + r] =
-            better ? uint32_t(g * kGroupRows + r) : best.position[lane + r];
-      }
+      keep_best(dots[j], float(tile.offset[j]), scale, int32_t(g * kGroupRows),
+                best.score + lane, best.dot + lane, best.position + lane);
     }
   }
 }

@@ -22,6 +22,8 @@ inline bool ranks_before(const Candidate& a, const Candidate& b) {
   return a.lower > b.lower || (a.lower == b.lower && a.id < b.id);
 }
 
+inline bool likelier(const Candidate& a, const Candidate& b) { return a.lower > b.lower; }
+
 // Scores one query's rows exactly, a batch at a time.
 class Rescorer {
  public:

@@ -89,6 +89,21 @@ def test_training_data_never_holds_a_target() -> None:
             assert target not in data.items[data.train_slice(user)]
 
 
+def test_requests_at_any_row_see_only_what_came_before() -> None:
+    data = make_dataset((4, 9))
+    rows = np.array([12, 1, 4 + 5])
+    requests = data.requests_at(rows, max_history=3)
+    assert requests.users.tolist() == [1, 0, 1]
+    np.testing.assert_array_equal(requests.targets, data.items[rows])
+    np.testing.assert_array_equal(requests.history[0], data.items[9:12])
+    np.testing.assert_array_equal(requests.history[1], [data.items[0], 0, 0])
+    with pytest.raises(ValueError, match="first item"):
+        data.requests_at(np.array([1, 4]))
+    for row in (-1, 13):
+        with pytest.raises(IndexError, match="rows"):
+            data.requests_at(np.array([row]))
+
+
 def test_bad_arguments_are_named() -> None:
     data = make_dataset((4, 9))
     with pytest.raises(ValueError, match="split"):

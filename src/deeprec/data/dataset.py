@@ -67,15 +67,22 @@ class Dataset:
         """
         if split not in _FROM_END:
             raise ValueError(f"split must be one of {', '.join(_FROM_END)}, got {split!r}")
-        return self.requests_at(self.offsets[self._users(users) + 1] - _FROM_END[split], max_history)
+        return self.requests_at(
+            self.offsets[self._users(users) + 1] - _FROM_END[split], max_history
+        )
 
     def requests_at(self, rows: Int64Array, max_history: int = 20) -> Requests:
         """The requests whose targets are these rows [B] of ``items``, in that order.
 
-        Raises ValueError when a target is its user's first item: its history would be empty.
+        Raises ValueError when a target is its user's first item: its history would be empty;
+        IndexError for a row that does not exist.
         """
         if max_history < 1:
             raise ValueError(f"max_history must be at least 1, got {max_history}")
+        if len(rows) and not (rows.min() >= 0 and rows.max() < len(self.items)):
+            raise IndexError(
+                f"rows must be in 0..{len(self.items) - 1}, got {rows.min()}..{rows.max()}"
+            )
         users = np.searchsorted(self.offsets, rows, side="right") - 1
         lengths = np.minimum(rows - self.offsets[users], max_history)
         if len(rows) and lengths.min() < 1:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from deeprec import backends
 from deeprec.ops.allowed import AllowedTokens
-from deeprec.ops.logprobs import (
+from deeprec.ops.logprob_checks import (
     as_tensors,
     check_floats,
     check_ids,
@@ -116,7 +116,7 @@ def _run_reference(
     flat_mask = None if mask is None else mask.reshape(-1)
     flat_ids = ids.reshape(-1).long()
     if reads_values(hidden):
-        check_range(flat_ids, flat_mask, allowed, weight.shape[0])
+        check_range(flat_ids, flat_mask, None if allowed is None else allowed.ids, weight.shape[0])
     with timed_eagerly("linear_logprobs", "reference"):
         values, entropies = reference.linear_logprobs(
             hidden.reshape(lead.numel(), hidden.shape[-1]),

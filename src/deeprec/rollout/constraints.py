@@ -95,11 +95,11 @@ class ListConstraint:
 class _Node:
     """A trie node: titles that start with the tokens leading here."""
 
-    __slots__ = ("children", "item")
+    __slots__ = ("children", "ends_title")
 
     def __init__(self) -> None:
         self.children: dict[int, _Node] = {}
-        self.item = 0
+        self.ends_title = False
 
 
 class ListState:
@@ -126,7 +126,7 @@ class ListState:
         if self._node is None:
             return (self._fixed[self._at],)
         ids = list(self._node.children)
-        if self._node.item:
+        if self._node.ends_title:
             ids.append(self._after_title()[0])
         return tuple(sorted(ids))
 
@@ -139,7 +139,7 @@ class ListState:
             return
         if node is not None:  # the title is complete, this is the first token after it
             self._fixed, self._at = self._after_title(), 0
-            self._remove()
+            self._remove(node)
             self._node = None
             self._line += 1
         self._at += 1
@@ -150,18 +150,17 @@ class ListState:
         node = self._root
         for token in self._lines.title(item):
             node = node.children.setdefault(token, _Node())
-        if not node.item:  # two titles of the same tokens: the list could not tell them apart
-            node.item = item
+        if not node.ends_title:  # two titles of the same tokens count as one
+            node.ends_title = True
             self._left += 1
 
-    def _remove(self) -> None:
+    def _remove(self, node: _Node) -> None:
         """Take the title just completed out of the trie."""
-        assert self._node is not None
-        self._node.item = 0
+        node.ends_title = False
         self._left -= 1
         for parent, token in reversed(self._path):
             child = parent.children[token]
-            if child.item or child.children:
+            if child.ends_title or child.children:
                 break
             del parent.children[token]
         self._path = []

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from deeprec.data import Catalog, Requests
 from deeprec.rollout.protocol import clean_preference, observation_text
-from deeprec.trm.retrieval import SeenItems
+from deeprec.ops import SeenItems
 
 if TYPE_CHECKING:
     from deeprec.text import SentenceEncoder
@@ -149,7 +150,7 @@ class RetrievalEnvironment:
 
     def _excluded(self, asked: Requests, calls: Sequence[ToolCall]) -> SeenItems:
         """The items that may not be returned to each call."""
-        parts = [np.zeros((len(calls), 1), dtype=np.int64)]
+        parts: list[NDArray[np.int64]] = [np.zeros((len(calls), 1), dtype=np.int64)]
         if self.options.exclude_history:
             parts.append(asked.history)
         if self.options.exclude_retrieved:

@@ -58,7 +58,7 @@ def read_preference(turn_text: str) -> str | None:
 
 
 def read_final_list(response: str) -> list[ListedLine] | None:
-    """The lines of the last closed recommendation list, without their numbers; None if there is none.
+    """The lines of the last closed recommendation list, without their numbers; None without one.
 
     Empty lines are not lines; a line without a number keeps its whole text.
     """

@@ -24,7 +24,7 @@ class TokenText:
         self.tokenizer = tokenizer
         size = max(vocabulary, len(tokenizer))
         self.pieces: list[str] = [self._decode([token]) for token in range(size)]
-        # Some decoders put or drop spaces between tokens: compare pairs from all over the vocabulary.
+        # Some decoders put or drop spaces between tokens: try pairs from all over the vocabulary.
         ids = np.random.default_rng(0).integers(0, size, (64, 2)).tolist()
         whole = [(a, b) for a, b in ids if not self._is_broken(self.pieces[a] + self.pieces[b])]
         self._is_sum = all(
@@ -50,12 +50,13 @@ class TokenText:
         return self._decode(ids)
 
     def token_at(self, ids: Sequence[int], characters: Sequence[int]) -> list[int]:
-        """For each character of the text of ``ids``, the index of the token it belongs to."""
+        """For each character of the text of ``ids``, the index of the token it begins in."""
         text = self.decode(ids)
         ends = np.cumsum([len(self.pieces[token]) for token in ids])
         if not self._is_sum or len(ids) == 0 or ends[-1] != len(text):
-            # A character spread over tokens belongs to the one that completes it.
+            # Half a character decodes to something too, possibly to more than the whole one.
             ends = np.array([len(self._decode(ids[: n + 1])) for n in range(len(ids))])
+            ends = np.minimum.accumulate(ends[::-1])[::-1]
         return [int(i) for i in np.searchsorted(ends, characters, side="right")]
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:

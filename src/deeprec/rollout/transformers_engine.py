@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 import torch
@@ -79,7 +79,10 @@ class TransformersEngine:
         self.forwarded_tokens = 0  # tokens that went through the model so far
         self._source = model
         self._copies = dtype is not None and dtype != model.dtype
-        self.model = copy.deepcopy(model).to(dtype).eval() if self._copies else model
+        self.model: PreTrainedModel = model
+        if self._copies:
+            self.model = copy.deepcopy(model).eval()
+            self.model.to(dtype=dtype)  # type: ignore[call-arg]
         self._config = self.model.config.get_text_config(decoder=True)
         self.text = TokenText(tokenizer, self._config.vocab_size)
         self._eos = _eos_ids(model, tokenizer)
@@ -87,7 +90,7 @@ class TransformersEngine:
 
         n = max_conversations
         self._cache = SlotCache()
-        self._queue: deque[Request] = deque()
+        self._queue: dict[Hashable, Request] = {}  # in order of arrival
         self._done: list[Sample] = []
         self._slot_of: dict[Hashable, int] = {}
         self._turns: list[_Turn | None] = [None] * n
@@ -118,22 +121,18 @@ class TransformersEngine:
 
         A conversation that would leave no room for an answer ends at once, with finish "length".
         """
-        slot = self._slot_of.get(request.conversation)
-        if slot is None:
-            if not request.tokens:
-                raise ValueError(
-                    f"conversation {request.conversation!r} opens with no tokens; give its prompt"
-                )
-            if len(request.tokens) >= self.max_tokens:
-                self._done.append(Sample(request.conversation, [], [], [], "length"))
-            else:
-                self._queue.append(request)
-        elif self._running[slot]:
-            raise ValueError(
-                f"conversation {request.conversation!r} is still writing; wait for its sample"
-            )
-        else:
+        name = request.conversation
+        slot = self._slot_of.get(name)
+        if name in self._queue or (slot is not None and self._running[slot]):
+            raise ValueError(f"conversation {name!r} is still writing; wait for its sample")
+        if slot is not None:
             self._start(slot, request)
+        elif not request.tokens:
+            raise ValueError(f"conversation {name!r} opens with no tokens; give its prompt")
+        elif len(request.tokens) >= self.max_tokens:
+            self._done.append(Sample(name, [], [], [], "length"))
+        else:
+            self._queue[name] = request
 
     def generate(self, requests: Sequence[Request]) -> list[Sample]:
         """Answer all requests, in their order. Conversations stay open until released."""
@@ -145,7 +144,9 @@ class TransformersEngine:
         return [samples[request.conversation] for request in requests]
 
     def release(self, conversation: Hashable) -> None:
-        """Forget a conversation and free its slot. Unknown names are ignored."""
+        """Forget a conversation, whatever it is doing. Unknown names are ignored."""
+        self._queue.pop(conversation, None)
+        self._done = [sample for sample in self._done if sample.conversation != conversation]
         slot = self._slot_of.pop(conversation, None)
         if slot is not None:
             self._taken[slot] = self._running[slot] = self._constrained[slot] = False
@@ -189,27 +190,23 @@ class TransformersEngine:
 
     def _admit(self) -> None:
         """Open queued conversations in free slots, lowest first, sharing what they begin with."""
-        if not self._queue:
-            return
-        free = deque(np.flatnonzero(~self._taken).tolist())
-        expected = min(len(self._taken), int(self._taken.sum()) + len(self._queue))
-        postponed = []
-        while self._queue and len(free) > len(postponed):
-            request = self._queue.popleft()
+        free = np.flatnonzero(~self._taken).tolist()
+        waiting = list(islice(self._queue.values(), len(free)))
+        expected = len(self._taken) - len(free) + len(waiting)
+        places = iter(free)
+        for request in waiting:
             source, shared, promised = self._shared_prefix(request.tokens)
             if promised >= shared + MIN_SHARED_PREFIX:
-                postponed.append(request)  # being computed right now: copied at the next step
-                continue
-            slot = free.popleft()
+                continue  # being computed right now: copied at the next step
+            del self._queue[request.conversation]
+            slot = next(places)
             self._slot_of[request.conversation] = slot
             self._taken[slot] = True
-            self._total[slot] = self._cached[slot] = 0
             if shared >= MIN_SHARED_PREFIX:
                 self._cache.reserve(expected, len(request.tokens))
                 self._cache.copy_prefix(source, slot, shared)
                 self._cached[slot] = shared
             self._start(slot, request)
-        self._queue.extendleft(reversed(postponed))
 
     def _shared_prefix(self, tokens: list[int]) -> tuple[int, int, int]:
         """The conversation with the longest common beginning that is computed, and its length.
@@ -322,7 +319,7 @@ class TransformersEngine:
             ).logits[0]
         if training:
             model.train()
-        return logits  # type: ignore[no-any-return]
+        return logits
 
     def _sample(
         self, rows: Rows, logits: torch.Tensor
@@ -362,7 +359,7 @@ class TransformersEngine:
         return ids, picked.masked_fill_(torch.from_numpy(~valid).to(logits.device), -torch.inf)
 
     def _check(self, slot: int, turn: _Turn) -> bool:
-        """Whether the last token ended the turn; opens the constraint if it completed its trigger."""
+        """Whether the last token ended the turn; completing the trigger opens the constraint."""
         end = int(self._total[slot])
         token = int(self._tokens[slot, end - 1])
         if self._suspects[self._watch[slot], token]:
@@ -384,7 +381,7 @@ class TransformersEngine:
         return False
 
     def _follow(self, slot: int, turn: _Turn) -> None:
-        """Append what the constraint leaves no choice about; the next pass computes it all at once."""
+        """Append what the constraint leaves no choice about: the next pass computes it all."""
         while turn.state is not None:
             allowed = turn.state.allowed()
             if allowed is None:
@@ -444,7 +441,9 @@ def _check_attention(model: PreTrainedModel) -> None:
     """Raise ValueError for a model whose state is more than keys and values of all positions."""
     name = type(model).__name__
     config = model.config.get_text_config(decoder=True)
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None)
+    same = "full_attention" if window is None else "sliding_attention"
+    kinds = set(getattr(config, "layer_types", None) or [same])
     if kinds != {"full_attention"}:
         raise ValueError(
             f"model: expected full attention in every layer, {name} has {sorted(kinds)}; such "

@@ -1,0 +1,50 @@
+// Log-probs of given tokens under logits, forward and backward.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/dtype.h"
+#include "cpu/softmax_state.h"
+
+namespace deeprec {
+
+// Rows of the softmax a constrained decoder used; offsets == nullptr: none is restricted.
+struct AllowedRows {
+  const int64_t* offsets = nullptr;
+  const int64_t* ids = nullptr;
+};
+
+struct GatherProblem {
+  const void* logits = nullptr;
+  DType dtype = DType::f32;
+  const int64_t* row_offsets = nullptr;  // [rows], in elements from `logits`
+  int64_t rows = 0, vocabulary = 0, ids_per_row = 0;
+  const int64_t* ids = nullptr;  // [rows, ids_per_row]
+  const uint8_t* mask = nullptr;  // [rows], 0 = does not count; nullptr: all count
+  AllowedRows allowed;
+  double temperature = 1;
+  int threads = 1;
+};
+
+struct GatherForward {
+  float* values = nullptr;         // [rows, ids_per_row]
+  float* entropy = nullptr;        // [rows], or nullptr
+  SoftmaxState* states = nullptr;  // [rows]
+};
+
+struct GatherBackward {
+  const float* grad_values = nullptr;   // [rows, ids_per_row]
+  const float* grad_entropy = nullptr;  // [rows], or nullptr
+  const float* entropy = nullptr;       // [rows], with grad_entropy
+  const SoftmaxState* states = nullptr;
+  void* grad_logits = nullptr;  // [rows, vocabulary], contiguous, of the logits' dtype
+};
+
+struct GatherKernels {
+  void (*forward)(const GatherProblem&, const GatherForward&);
+  void (*backward)(const GatherProblem&, const GatherBackward&);
+};
+
+const GatherKernels& gather_kernels();
+
+}  // namespace deeprec
