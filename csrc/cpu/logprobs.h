@@ -3,16 +3,11 @@
 
 #include <cstdint>
 
+#include "cpu/allowed_rows.h"
 #include "cpu/dtype.h"
 #include "cpu/softmax_state.h"
 
 namespace deeprec {
-
-// Rows of the softmax a constrained decoder used; offsets == nullptr: none is restricted.
-struct AllowedRows {
-  const int64_t* offsets = nullptr;
-  const int64_t* ids = nullptr;
-};
 
 struct GatherProblem {
   const void* logits = nullptr;

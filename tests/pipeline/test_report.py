@@ -71,7 +71,10 @@ def folder(tmp_path):
         for name in names
     }
     pairs = [("policy_stage2", name) for name in names if name != "policy_stage2"]
-    write_results(tmp_path / "metrics.json", build_results(systems, pairs))
+    results = build_results(systems, pairs)
+    results["all_users"] = build_results(systems, [("policy_stage2", "trm")])
+    results["training_recommender"] = {"recall@20_on_rl_targets": 0.345}
+    write_results(tmp_path / "metrics.json", results)
     lines = [
         {"stage": stage, "step": step, "reward/total": step / 10, "reward/listwise": listwise}
         | {"valid_rate": 1.0, "broken/list_length": 20 - step}
@@ -95,7 +98,10 @@ def test_a_whole_run(folder):
     text = check(write_report(folder, facts={"Seed": "0"}, notes=["All <b> honest."], ops=ops))
     for expected in (
         "All <b> honest.",  # escaped in the page: it is text here
+        "NDCG@10: Policy after stage 2 0.",
         "Policy after stage 2, single turn",
+        "All test users",
+        "Recall@20 on rl targets 0.345",
         "What each stage of training contributed",
         "Does the policy use what it finds?",
         "Against other systems",

@@ -16,6 +16,7 @@ from deeprec.eval.popularity import (
     best_first,
     tune_recent,
 )
+from deeprec.ops import SeenItems
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -127,8 +128,6 @@ def _retrieve(
         raise ValueError(
             f"preference must have one row a request ({len(requests)}), got {len(preference)}"
         )
-    from deeprec.ops import SeenItems
-
     k = min(k, trm.config.n_items)
     device = next(trm.parameters()).device
     values, indices = [], []

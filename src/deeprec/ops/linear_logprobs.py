@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from deeprec import backends
+from deeprec.ops import linear_logprobs_cpu
 from deeprec.ops.allowed import AllowedTokens
 from deeprec.ops.logprob_checks import (
     as_tensors,
@@ -130,4 +131,5 @@ def _run_reference(
     return values.reshape(lead), entropies.reshape(lead)
 
 
+backends.register("linear_logprobs", "cpu", linear_logprobs_cpu.run, linear_logprobs_cpu.why_not)
 backends.register("linear_logprobs", "reference", _run_reference, lambda hidden, weight, bias: None)

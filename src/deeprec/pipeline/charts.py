@@ -40,7 +40,7 @@ class Interval:
 
 def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
     """About ``count`` round numbers that cover low..high, steps 1, 2, 2.5 or 5 times 10^n."""
-    if not high > low:
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # one value, up to rounding
         margin = abs(low) * 0.1 or 1.0
         low, high = low - margin, high + margin
     raw = (high - low) / count

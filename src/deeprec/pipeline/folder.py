@@ -38,3 +38,10 @@ class RunFolder:
             temporary.rename(target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+    def publish_policy(self, stage: str) -> None:
+        """Copy the policy of a stage to ``policy/``, where the result of the run is looked for."""
+        self.write_folder(
+            self.policy,
+            lambda folder: shutil.copytree(self.stage(stage), folder, dirs_exist_ok=True),
+        )

@@ -86,6 +86,11 @@ class Parts:
             self._trms[holdout] = PreferenceAwareTRM.load(self.folder.trm / holdout)
         return self._trms[holdout]
 
+    def base_model(self) -> PreTrainedModel:
+        """The language model that the configuration names."""
+        assert self.config.policy.model is not None
+        return load_policy(self.config.policy.model)[0]
+
     def load_stage(self, name: str) -> PreTrainedModel:
         """The policy as it was after a stage, in evaluation mode."""
         return load_policy(str(self.folder.stage(name)))[0].eval()

@@ -18,9 +18,9 @@ from deeprec.rl.logging import read_metrics
 __all__ = ["write_report"]
 
 HEADLINE_METRIC = "ndcg@10"
-FINAL_SYSTEM = "policy_stage2"
 CONVERSATIONS = 4  # shown a system
 BROKEN_STEPS = 5  # at either end of a stage, compared with each other
+EMPTY: dict[str, Any] = {"systems": {}, "paired": {}}
 QUESTIONS = (
     "What each stage of training contributed",
     "Does the policy use what it finds?",
@@ -99,6 +99,12 @@ def write_report(
         systems=_system_rows(results),
         overview=_overview(results),
         comparisons=_comparisons(results),
+        all_users=_system_rows(results.get("all_users", EMPTY)),
+        all_users_comparisons=_comparisons(results.get("all_users", EMPTY)),
+        training_recommender={
+            name.replace("_", " ").capitalize(): f"{value:.3f}"
+            for name, value in results.get("training_recommender", {}).items()
+        },
         curves=_curves(read_metrics(folder / "metrics.jsonl")),
         broken=_broken_rules(read_metrics(folder / "metrics.jsonl")),
         ops=_op_rows(ops or {}, seconds),
@@ -122,7 +128,7 @@ def system_name(name: str) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
-        return {"systems": {}, "paired": {}}
+        return EMPTY
     contents: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return contents
 
@@ -136,20 +142,23 @@ def _css(system: str) -> str:
 
 def _cards(results: dict[str, Any]) -> list[dict[str, str]]:
     """The run in a few numbers."""
-    system = results["systems"].get(FINAL_SYSTEM)
-    if system is None:
+    policies = [name for name in results["systems"] if _css(name) == "policy"]
+    trained = [p for p in policies if not any(p.startswith(other + "_") for other in policies)]
+    if not trained:
         return []
+    final = trained[-1]  # what comes after it are this policy with something taken away
+    system = results["systems"][final]
     metric = system[HEADLINE_METRIC]
     cards = [
         {
-            "title": f"{METRIC_NAMES[HEADLINE_METRIC]} after stage 2",
+            "title": f"{METRIC_NAMES[HEADLINE_METRIC]}: {system_name(final)}",
             "value": f"{metric['mean']:.4f}",
             "detail": f"95% interval {metric['low']:.4f} to {metric['high']:.4f}",
             "css": "",
         }
     ]
     for other, title in (("trm", "against the TRM alone"), ("policy_initial", "from RL")):
-        found = results["paired"].get(f"{FINAL_SYSTEM}_vs_{other}")
+        found = results["paired"].get(f"{final}_vs_{other}")
         if found is not None:
             metric = found[HEADLINE_METRIC]
             cards.append(

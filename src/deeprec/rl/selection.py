@@ -29,7 +29,7 @@ def select_requests(
     Where the TRM is lost no preference brings the target back, and every sample of the prompt
     earns the same (DeepRec, section 4).
     """
-    from deeprec.trm.retrieval import SeenItems
+    from deeprec.ops import SeenItems
 
     kept: list[NDArray[np.int64]] = []
     for start in range(0, len(requests), BATCH):

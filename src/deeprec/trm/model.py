@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deeprec.ops import ItemIndex, SeenItems, TopK
 from deeprec.trm.config import TRMConfig
 from deeprec.trm.convolution import fourier_matrices, multiply_spectra
 from deeprec.trm.layers import INIT_STD, Dropout, Encoder, MoEAdaptor
-from deeprec.trm.retrieval import SeenItems, TopK, search
 
 # What the paper's code puts into the column of the padding row.
 PADDING_SCORE = -1e9
@@ -60,6 +60,7 @@ class PreferenceAwareTRM(nn.Module):
         self.dropout = Dropout(config.dropout)
         self.trm_encoder = Encoder(config)
         self.OutLayerNorm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
+        self._index: tuple[tuple[torch.device, int, int], ItemIndex] | None = None
         self._initialise(item_texts)
 
     def _initialise(self, item_texts: Tensor | None) -> None:
@@ -177,7 +178,18 @@ class PreferenceAwareTRM(nn.Module):
             users = self.user_vectors(history, lengths, preference)
         finally:
             self.train(was_training)
-        return search(users, self.item_embedding.weight, k, exclude)
+        # The index has no padding row, so that it cannot be returned.
+        rows = None if exclude is None else SeenItems(exclude.offsets, exclude.ids - 1)
+        found = self._item_index().search(users, k, rows)
+        return TopK(found.values, torch.where(found.indices < 0, -1, found.indices + 1))
+
+    def _item_index(self) -> ItemIndex:
+        """The item table as an index, built again whenever the table has changed."""
+        table = self.item_embedding.weight
+        state = (table.device, table.data_ptr(), table._version)
+        if self._index is None or self._index[0] != state:
+            self._index = state, ItemIndex(table.detach()[1:], metric="cosine")
+        return self._index[1]
 
     def scores(self, history: Tensor, lengths: Tensor, preference: Tensor | None = None) -> Tensor:
         """Cosine scores of every row of the item table, float32 ``[B, n_items + 1]``.

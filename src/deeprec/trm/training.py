@@ -24,7 +24,7 @@ from deeprec.trm.examples import Examples, WrittenPreference, WrittenPreferences
 from deeprec.trm.model import PreferenceAwareTRM
 from deeprec.trm.phrases import Int64Array, PhraseBook, PhraseEncoder, TextEncoder
 from deeprec.trm.preferences import PreferenceMix, PreferenceWriter
-from deeprec.trm.retrieval import SeenItems, search
+from deeprec.ops import ItemIndex, SeenItems, linear_logprobs
 
 logger = logging.getLogger(__name__)
 
@@ -75,11 +75,10 @@ class TrainedTRM:
 
 
 def similar_items(item_texts, k=SIMILAR_ITEMS):
-    table = F.pad(item_texts, (0, 0, 1, 0))
     n = len(item_texts)
-    ex = SeenItems(torch.arange(n + 1), torch.arange(1, n + 1))
-    ids = search(item_texts, table, min(k, n - 1), ex).indices.numpy()
-    return np.concatenate([np.zeros((1, ids.shape[1]), dtype=np.int64), ids])
+    itself = SeenItems(torch.arange(n + 1), torch.arange(n))
+    found = ItemIndex(item_texts, metric="cosine").search(item_texts, min(k, n - 1), itself)
+    return F.pad(found.indices + 1, (0, 0, 1, 0)).numpy()
 
 
 def train_trm(

@@ -1,0 +1,163 @@
+// The one product linear_logprobs is made of: 32 x 32 blocks, C (+)= Σ_k A_k B_k.
+//
+// A block of A is [32 rows][32 k]; a block of B is [32 k][32 lanes], in bf16 with two
+// consecutive k interleaved, as the dot-product instructions want it: [16 k pairs][32 lanes][2].
+// C is [32 rows][32 lanes] float. Every element of C adds its products in ascending k, whatever
+// surrounds it, so results do not depend on how rows were batched.
+#pragma once
+
+#include "cpu/float_vec.h"
+
+namespace deeprec {
+namespace {  // see dtype.h
+
+constexpr int kSide = 32;
+constexpr int64_t kBlockSize = kSide * kSide;
+
+#if defined(__AVX512BF16__)
+using Element = Bf16;
+#else
+using Element = float;
+#endif
+
+// A sequence of blocks along k.
+struct Blocks {
+  const Element* first;
+  int64_t step;  // elements from one to the next
+};
+
+#if defined(__AMX_BF16__)
+
+// Holds the tile registers configured on this thread: 8 tiles of 16 rows x 64 bytes.
+class MultiplyScope {
+ public:
+  MultiplyScope() {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    _tile_loadconfig(&config);
+  }
+  ~MultiplyScope() { _tile_release(); }
+  MultiplyScope(const MultiplyScope&) = delete;
+  MultiplyScope& operator=(const MultiplyScope&) = delete;
+};
+
+// Tiles 0-3 are the quarters of C, 4-5 the row halves of A, 6-7 the lane halves of B.
+inline void multiply(Blocks a, Blocks b, int64_t n, float* c, bool accumulate) {
+  constexpr int a_row = kSide * 2, b_row = kSide * 4, c_row = kSide * 4;
+  if (accumulate) {
+    _tile_loadd(0, c, c_row);
+    _tile_loadd(1, c + 16, c_row);
+    _tile_loadd(2, c + 16 * kSide, c_row);
+    _tile_loadd(3, c + 16 * kSide + 16, c_row);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t k = 0; k < n; ++k) {
+    const Element* x = a.first + k * a.step;
+    const Element* y = b.first + k * b.step;
+    _tile_loadd(6, y, b_row);
+    _tile_loadd(4, x, a_row);
+    _tile_loadd(7, y + 32, b_row);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(5, x + 16 * kSide, a_row);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, c, c_row);
+  _tile_stored(1, c + 16, c_row);
+  _tile_stored(2, c + 16 * kSide, c_row);
+  _tile_stored(3, c + 16 * kSide + 16, c_row);
+}
+
+#else
+
+struct MultiplyScope {};
+
+#if defined(__AVX512BF16__)
+// One k step is a pair of bf16 in a 32-bit word.
+constexpr int kSteps = kSide / 2;
+using Word = uint32_t;
+inline Vec multiply_add(Word x, const Word* y, Vec sum) {
+  const __m512i a = _mm512_set1_epi32(int(x)), b = _mm512_loadu_si512(y);
+  return {_mm512_dpbf16_ps(sum.v, (__m512bh)a, (__m512bh)b)};
+}
+#else
+constexpr int kSteps = kSide;
+using Word = float;
+inline Vec multiply_add(Word x, const Word* y, Vec sum) { return fma(set1(x), load(y), sum); }
+#endif
+
+// The accumulators that fit the registers: 8 x 2 of 32 with AVX-512, 4 x 2 of 16 below.
+constexpr int kRows = Vec::width == 16 ? 8 : 4, kColumns = 2;
+// Blocks of B that stay in the first-level cache while every row passes over them.
+constexpr int64_t kResident = 4;
+
+inline void multiply(Blocks a, Blocks b, int64_t n, float* c, bool accumulate) {
+  constexpr int w = Vec::width;
+  for (int64_t start = 0; start < n; start += kResident) {
+    const int64_t end = start + kResident < n ? start + kResident : n;
+    for (int lane = 0; lane < kSide; lane += kColumns * w)
+      for (int row = 0; row < kSide; row += kRows) {
+        float* out = c + row * kSide + lane;
+        Vec sums[kRows][kColumns];
+        for (int r = 0; r < kRows; ++r)
+          for (int j = 0; j < kColumns; ++j)
+            sums[r][j] = accumulate || start ? load(out + r * kSide + j * w) : set1(0.f);
+        for (int64_t k = start; k < end; ++k) {
+          const Word* x = (const Word*)(a.first + k * a.step) + row * kSteps;
+          const Word* y = (const Word*)(b.first + k * b.step) + lane;
+          for (int i = 0; i < kSteps; ++i)
+#pragma GCC unroll 8
+            for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+              for (int j = 0; j < kColumns; ++j)
+                sums[r][j] = multiply_add(x[r * kSteps + i], y + i * kSide + j * w, sums[r][j]);
+        }
+        for (int r = 0; r < kRows; ++r)
+          for (int j = 0; j < kColumns; ++j) store(out + r * kSide + j * w, sums[r][j]);
+      }
+  }
+}
+
+#endif
+
+// --- packing: a tile of plain floats into a block ---
+
+// Row-major, 32 x 32.
+using Tile = float[kBlockSize];
+
+inline void transpose(const float* in, float* out) {
+  for (int r = 0; r < kSide; ++r)
+    for (int c = 0; c < kSide; ++c) out[c * kSide + r] = in[r * kSide + c];
+}
+
+// Rows are rows, columns are k.
+inline void pack_a(const float* tile, Element* block) {
+  for (int i = 0; i < kBlockSize; i += Vec::width) store(block + i, load(tile + i));
+}
+
+// Rows are k, columns are lanes.
+inline void pack_b(const float* tile, Element* block) {
+#if defined(__AVX512BF16__)
+  for (int r = 0; r < kSide; r += 2)
+    for (int c = 0; c < kSide; c += 16) {
+      const __m256i even = (__m256i)_mm512_cvtneps_pbh(load(tile + r * kSide + c).v);
+      const __m256i odd = (__m256i)_mm512_cvtneps_pbh(load(tile + (r + 1) * kSide + c).v);
+      const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16);
+      const __m512i pairs = _mm512_or_si512(_mm512_cvtepu16_epi32(even), high);
+      _mm512_storeu_si512(block + r * kSide + 2 * c, pairs);
+    }
+#else
+  pack_a(tile, block);
+#endif
+}
+
+}  // namespace
+}  // namespace deeprec
