@@ -7,7 +7,7 @@
 
 namespace deeprec::peaks {
 
-double read_bandwidth(double seconds, int threads);  // bytes/s, one pass over 256 MB a thread
+double read_bandwidth(double seconds, int threads);  // bytes/s
 
 // Multiply-adds count two operations.
 struct Kernels {
