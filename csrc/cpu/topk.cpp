@@ -33,8 +33,8 @@ constexpr int64_t kQueriesPerThread = 64;
 // A table of fewer rows, or one of which a sixteenth is asked for, is scanned exactly.
 constexpr int64_t kSmallestTable = 512, kLargestShare = 16;
 // A sample of n rows sets the first threshold. It costs in proportion to n, the candidates that
-// pass it to k N / n, each about 64 times as much as a sampled row: n = sqrt(64 k N) is the least.
-constexpr double kSampleFactor = 8;
+// pass it to k N / n, each about 36 times as much as a sampled row: n = sqrt(36 k N) is the least.
+constexpr double kSampleFactor = 6;
 // When an eighth of what a tile scans are candidates, exact scores at once are cheaper; after
 // eight chunks the codes get another chance.
 constexpr int64_t kDenseShare = 8, kDenseChunks = 8;
@@ -232,15 +232,6 @@ class Cell {
     if (list.count == CandidateList::capacity(plan_.request.k))
       list.make_room(plan_.request.k, rescorer_, queries_[query].exact);
     list.items[list.count++] = candidate;
-    ++list.fresh;
-  }
-
-  void tighten(const Span& span) {
-    for (int j = 0; j < span.count; ++j) {
-      CandidateList& l = list(span, j);
-      if (l.fresh >= plan_.request.k) l.tighten(plan_.request.k, rescorer_);
-      publish(span, j);
-    }
   }
 
   void scan(Span& span, int64_t begin, int64_t end) {
@@ -260,7 +251,7 @@ class Cell {
         if (bounded(query, hit.position, hit.dot, candidate))
           add(query, lists_[query], candidate);
       }
-      if (buffer_.count) tighten(span);
+      for (int j = 0; buffer_.count && j < span.count; ++j) publish(span, j);
     }
     if (begin != group_begin_ && found * kDenseShare > (end - begin) * kGroupRows * span.count)
       span.dense = kDenseChunks;
@@ -286,10 +277,10 @@ class Cell {
         if (!queries_.excluded(query, id))
           add(query, lists_[query], {hit.score, hit.score, id});
       }
-      if (buffer_.count) tighten(span);
       p = stop;
       step = std::min(2 * step, kHits / span.count);
     }
+    for (int j = 0; j < span.count; ++j) publish(span, j);
   }
 
   const Plan& plan_;

@@ -37,12 +37,16 @@ void score_ids(const ItemRows& rows, const double* query, const uint32_t* ids, i
   const T* base = static_cast<const T*>(rows.data);
   constexpr int64_t kAhead = 8;  // rows fetched before they are needed: they lie anywhere
   const int64_t bytes = rows.dim * int64_t(sizeof(T));
-  int64_t i = 0;
-  for (; i + kRowsAtOnce <= n; i += kRowsAtOnce) {
-    for (int64_t a = i + kAhead; a < i + kAhead + kRowsAtOnce && a < n; ++a) {
+  const auto fetch = [&](int64_t from, int64_t to) {
+    for (int64_t a = from; a < to && a < n; ++a) {
       const char* row = reinterpret_cast<const char*>(base + int64_t(ids[a]) * rows.stride);
       for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte);
     }
+  };
+  fetch(0, kAhead);
+  int64_t i = 0;
+  for (; i + kRowsAtOnce <= n; i += kRowsAtOnce) {
+    fetch(i + kAhead, i + kAhead + kRowsAtOnce);
     const T* x[kRowsAtOnce];
     for (int r = 0; r < kRowsAtOnce; ++r) x[r] = base + int64_t(ids[i + r]) * rows.stride;
     score_rows<T, kRowsAtOnce>(x, rows.dim, query, out + i);
@@ -188,17 +192,16 @@ int64_t scan(const Table& table, Tile& tile, int64_t begin, int64_t end, HitBuff
   return end;
 }
 
-inline void keep_best(const int32_t* dots, float offset, const float* scale, int32_t first,
-                      float* __restrict score, int32_t* __restrict dot,
+// One loop over all rows: two of sixteen would be unrolled before they could become vectors.
+inline void keep_best(const int32_t* __restrict dots, float offset, const float* __restrict scale,
+                      int32_t first, float* __restrict score, int32_t* __restrict dot,
                       int32_t* __restrict position) {
-  for (int half = 0; half < 2; ++half) {
-    for (int r = half * int(kBlockRows); r < (half + 1) * int(kBlockRows); ++r) {
-      const float value = (float(dots[r]) - offset) * scale[half];
-      const bool better = value > score[r];
-      score[r] = better ? value : score[r];
-      dot[r] = better ? dots[r] : dot[r];
-      position[r] = better ? first + r : position[r];
-    }
+  for (int r = 0; r < int(kGroupRows); ++r) {
+    const float value = (float(dots[r]) - offset) * scale[r];
+    const bool better = value > score[r];
+    score[r] = better ? value : score[r];
+    dot[r] = better ? dots[r] : dot[r];
+    position[r] = better ? first + r : position[r];
   }
 }
 
@@ -213,8 +216,9 @@ void sample(const Table& table, Tile& tile, int64_t groups, int64_t stride, int6
     session.group(table.codes + g * table.quads * 128, dots);
     // Blocks have different scales, so lanes compare scaled scores. They are only a preference:
     // whoever uses the sample computes its bounds afresh.
-    const float scale[2] = {1.0f / table.bounds[2 * g].inverse_scale,
-                            1.0f / table.bounds[2 * g + 1].inverse_scale};
+    float scale[kGroupRows];
+    for (int r = 0; r < int(kGroupRows); ++r)
+      scale[r] = 1.0f / table.bounds[2 * g + r / kBlockRows].inverse_scale;
     for (int j = 0; j < tile.count; ++j) {
       const int64_t lane = j * lanes + (i % sets) * kGroupRows;
       keep_best(dots[j], float(tile.offset[j]), scale, int32_t(g * kGroupRows),
