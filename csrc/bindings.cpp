@@ -5,6 +5,7 @@
 #include "cpu/isa.h"
 #include "cpu/linear_logprobs.h"
 #include "cpu/logprobs.h"
+#include "cpu/peaks.h"
 #include "cpu/topk.h"
 
 namespace py = pybind11;
@@ -187,12 +188,30 @@ void bind_linear_logprobs(py::module_& m) {
 
 // ---- bind_logprobs: end ----
 
+// ---- peaks ----
+
+void bind_peaks(py::module_& m) {
+  using namespace peaks;
+  const std::pair<const char*, Unit> units[] = {{"peak_fp32_fma", Unit::fp32_fma},
+                                                {"peak_fp64_fma", Unit::fp64_fma},
+                                                {"peak_int8_dot", Unit::int8_dot},
+                                                {"peak_bf16_dot", Unit::bf16_dot}};
+  for (const auto& [name, unit] : units) {
+    m.def(name,
+          [unit = unit](double seconds, int threads) { return operations(unit, seconds, threads); },
+          py::arg("seconds"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  }
+  m.def("peak_read_bandwidth", &read_bandwidth, py::arg("seconds"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of deeprec";
   bind_isa(m);
   bind_topk(m);
+  bind_peaks(m);
   bind_logprobs(m);
   bind_linear_logprobs(m);
 }

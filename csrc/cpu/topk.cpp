@@ -32,8 +32,9 @@ constexpr int64_t kParallelWork = int64_t(1) << 20;
 constexpr int64_t kQueriesPerThread = 64;
 // A table of fewer rows, or one of which a sixteenth is asked for, is scanned exactly.
 constexpr int64_t kSmallestTable = 512, kLargestShare = 16;
-// The start threshold comes from one row in sixteen, at most 256 groups (8192 rows).
-constexpr int64_t kSampleStride = 16, kSampleGroups = 256;
+// A sample of n rows sets the first threshold. It costs in proportion to n, the candidates that
+// pass it to k N / n, each about 36 times as much as a sampled row: n = sqrt(36 k N) is the least.
+constexpr double kSampleFactor = 6;
 // When an eighth of what a tile scans are candidates, exact scores at once are cheaper; after
 // eight chunks the codes get another chance.
 constexpr int64_t kDenseShare = 8, kDenseChunks = 8;
@@ -161,13 +162,14 @@ class Cell {
   void start(const Span& span) {
     Tile& tile = *span.coded;
     const int64_t k = plan_.request.k, groups = group_end_ - group_begin_;
-    const int64_t sampled = std::min(kSampleGroups, groups / kSampleStride);
+    const double rows = kSampleFactor * std::sqrt(double(k) * double(groups * kGroupRows));
+    const int64_t sampled = std::min(groups / 2, int64_t(rows) / kGroupRows);
     const int64_t lanes = (2 * k + kGroupRows - 1) / kGroupRows * kGroupRows;
     if (sampled < 2 * lanes / kGroupRows) return;
     const size_t size = size_t(tile.count * lanes);
     std::vector<float> score(size, -kInfinity);
     std::vector<int32_t> dot(size);
-    std::vector<uint32_t> position(size);
+    std::vector<int32_t> position(size);
     Table part = table_;
     part.codes += group_begin_ * shape_.quads * 128;
     part.bounds += 2 * group_begin_;
@@ -179,12 +181,16 @@ class Cell {
       for (int64_t l = 0; l < lanes; ++l) {
         const size_t at = size_t(j * lanes + l);
         Candidate candidate;
-        const uint32_t p = uint32_t(group_begin_ * kGroupRows) + position[at];
+        const uint32_t p = uint32_t(group_begin_ * kGroupRows + position[at]);
         if (score[at] > -kInfinity && bounded(span.first + j, p, dot[at], candidate))
           found.push_back(candidate);
       }
       if (int64_t(found.size()) < k) continue;
-      list(span, j).threshold = rescorer_.kth_lower(found.data(), int64_t(found.size()), k);
+      // The likeliest k, scored exactly: their least score is nearer the truth than its bound.
+      std::nth_element(found.begin(), found.begin() + (k - 1), found.end(), likelier);
+      CandidateList& kept = list(span, j);
+      kept.rescored += rescorer_.resolve(found.data(), k, queries_[span.first + j].exact);
+      kept.threshold = rescorer_.kth_lower(found.data(), k, k);
       publish(span, j);
     }
   }
@@ -226,16 +232,6 @@ class Cell {
     if (list.count == CandidateList::capacity(plan_.request.k))
       list.make_room(plan_.request.k, rescorer_, queries_[query].exact);
     list.items[list.count++] = candidate;
-    ++list.fresh;
-  }
-
-  void tighten(const Span& span) {
-    for (int j = 0; j < span.count; ++j) {
-      CandidateList& l = list(span, j);
-      if (l.fresh >= std::max<int64_t>(plan_.request.k / 2, 8))
-        l.tighten(plan_.request.k, rescorer_);
-      publish(span, j);
-    }
   }
 
   void scan(Span& span, int64_t begin, int64_t end) {
@@ -255,7 +251,7 @@ class Cell {
         if (bounded(query, hit.position, hit.dot, candidate))
           add(query, lists_[query], candidate);
       }
-      if (buffer_.count) tighten(span);
+      for (int j = 0; buffer_.count && j < span.count; ++j) publish(span, j);
     }
     if (begin != group_begin_ && found * kDenseShare > (end - begin) * kGroupRows * span.count)
       span.dense = kDenseChunks;
@@ -281,10 +277,10 @@ class Cell {
         if (!queries_.excluded(query, id))
           add(query, lists_[query], {hit.score, hit.score, id});
       }
-      if (buffer_.count) tighten(span);
       p = stop;
       step = std::min(2 * step, kHits / span.count);
     }
+    for (int j = 0; j < span.count; ++j) publish(span, j);
   }
 
   const Plan& plan_;
@@ -320,8 +316,7 @@ void finish(const Plan& plan, const Queries& queries, const std::vector<Candidat
     threshold = std::max(threshold, rescorer.kth_lower(c, n, k));
     n = drop_below(c, n, threshold);
     // Once the likeliest k are exact, the k-th of them rules out most of the others.
-    std::nth_element(c, c + (k - 1), c + n,
-                     [](const Candidate& a, const Candidate& b) { return a.lower > b.lower; });
+    std::nth_element(c, c + (k - 1), c + n, likelier);
     rescored += rescorer.resolve(c, k, queries[query].exact);
     n = drop_below(c, n, rescorer.kth_lower(c, n, k));
   }

@@ -36,6 +36,8 @@ struct Dots {
         config.rows[t] = uint8_t(t < 6 ? 16 : depth_);
         config.bytes[t] = uint16_t(queries ? depth_ * 4 : 64);
       }
+      // GCC 12 thinks that the next line reads eight bytes, and would drop the other stores.
+      asm volatile("" : : "r"(&config) : "memory");
       _tile_loadconfig(&config);
     }
     ~Session() {

@@ -37,12 +37,16 @@ void score_ids(const ItemRows& rows, const double* query, const uint32_t* ids, i
   const T* base = static_cast<const T*>(rows.data);
   constexpr int64_t kAhead = 8;  // rows fetched before they are needed: they lie anywhere
   const int64_t bytes = rows.dim * int64_t(sizeof(T));
-  int64_t i = 0;
-  for (; i + kRowsAtOnce <= n; i += kRowsAtOnce) {
-    for (int64_t a = i + kAhead; a < i + kAhead + kRowsAtOnce && a < n; ++a) {
+  const auto fetch = [&](int64_t from, int64_t to) {
+    for (int64_t a = from; a < to && a < n; ++a) {
       const char* row = reinterpret_cast<const char*>(base + int64_t(ids[a]) * rows.stride);
       for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte);
     }
+  };
+  fetch(0, kAhead);
+  int64_t i = 0;
+  for (; i + kRowsAtOnce <= n; i += kRowsAtOnce) {
+    fetch(i + kAhead, i + kAhead + kRowsAtOnce);
     const T* x[kRowsAtOnce];
     for (int r = 0; r < kRowsAtOnce; ++r) x[r] = base + int64_t(ids[i + r]) * rows.stride;
     score_rows<T, kRowsAtOnce>(x, rows.dim, query, out + i);
@@ -136,21 +140,23 @@ void direct(const ItemRows& rows, const uint32_t* order, const double* const* qu
 
 // The integer each query's dots must reach in one block; false if no row of the block can reach
 // any of them, because |dot| <= |query codes| |row codes| <= norm * (norm_b + error_b).
-inline bool block_thresholds(const BlockBound& bound, const Tile& tile, int n, int32_t* need) {
+// Conditions are integers and values selected, not branched on, so that this becomes vectors.
+inline bool block_thresholds(const BlockBound& bound, const Tile& tile, int n,
+                             int32_t* __restrict need) {
   const double inverse_scale = bound.inverse_scale, error = bound.error, norm = bound.norm;
-  double best = -1;
+  int32_t reachable = 0;
   for (int j = 0; j < n; ++j) {
     // 0.001 covers the rounding of this line: a term beyond 2^40 saturates below, smaller ones
     // are good to 2^-13 each.
     const double t =
         tile.threshold[j] * inverse_scale - tile.norm[j] * error - tile.error[j] * norm - 0.001;
-    const double spare = tile.norm[j] * (norm + error) - t;
-    best = best > spare ? best : spare;
-    const double dot = t + tile.offset[j];
-    const double low = dot > -2147483648.0 ? dot : -2147483648.0;
-    need[j] = int32_t(low < 2147483647.0 ? low : 2147483647.0);  // towards zero: at most the ceiling
+    reachable |= int32_t(tile.norm[j] * (norm + error) >= t);
+    double dot = t + tile.offset[j];
+    dot = dot > -2147483648.0 ? dot : -2147483648.0;
+    dot = dot < 2147483647.0 ? dot : 2147483647.0;
+    need[j] = int32_t(dot);  // towards zero: at most the ceiling
   }
-  return best >= 0;
+  return reachable != 0;
 }
 
 inline void pack_once(const Table& table, Tile& tile) {
@@ -186,6 +192,19 @@ int64_t scan(const Table& table, Tile& tile, int64_t begin, int64_t end, HitBuff
   return end;
 }
 
+// One loop over all rows: two of sixteen would be unrolled before they could become vectors.
+inline void keep_best(const int32_t* __restrict dots, float offset, const float* __restrict scale,
+                      int32_t first, float* __restrict score, int32_t* __restrict dot,
+                      int32_t* __restrict position) {
+  for (int r = 0; r < int(kGroupRows); ++r) {
+    const float value = (float(dots[r]) - offset) * scale[r];
+    const bool better = value > score[r];
+    score[r] = better ? value : score[r];
+    dot[r] = better ? dots[r] : dot[r];
+    position[r] = better ? first + r : position[r];
+  }
+}
+
 void sample(const Table& table, Tile& tile, int64_t groups, int64_t stride, int64_t lanes,
             const Sample& best) {
   alignas(64) int32_t dots[kMaxTile][kGroupRows];
@@ -197,19 +216,13 @@ void sample(const Table& table, Tile& tile, int64_t groups, int64_t stride, int6
     session.group(table.codes + g * table.quads * 128, dots);
     // Blocks have different scales, so lanes compare scaled scores. They are only a preference:
     // whoever uses the sample computes its bounds afresh.
-    const float scale[2] = {1.0f / table.bounds[2 * g].inverse_scale,
-                            1.0f / table.bounds[2 * g + 1].inverse_scale};
+    float scale[kGroupRows];
+    for (int r = 0; r < int(kGroupRows); ++r)
+      scale[r] = 1.0f / table.bounds[2 * g + r / kBlockRows].inverse_scale;
     for (int j = 0; j < tile.count; ++j) {
       const int64_t lane = j * lanes + (i % sets) * kGroupRows;
-      const float offset = float(tile.offset[j]);
-      for (int r = 0; r < int(kGroupRows); ++r) {
-        const float value = (float(dots[j][r]) - offset) * scale[r / kBlockRows];
-        const bool better = value > best.score[lane + r];
-        best.score[lane + r] = better ? value : best.score[lane + r];
-        best.dot[lane + r] = better ? dots[j][r] : best.dot[lane + r];
-        best.position[lane + r] =
-            better ? uint32_t(g * kGroupRows + r) : best.position[lane + r];
-      }
+      keep_best(dots[j], float(tile.offset[j]), scale, int32_t(g * kGroupRows),
+                best.score + lane, best.dot + lane, best.position + lane);
     }
   }
 }

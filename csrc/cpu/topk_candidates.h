@@ -22,6 +22,8 @@ inline bool ranks_before(const Candidate& a, const Candidate& b) {
   return a.lower > b.lower || (a.lower == b.lower && a.id < b.id);
 }
 
+inline bool likelier(const Candidate& a, const Candidate& b) { return a.lower > b.lower; }
+
 // Scores one query's rows exactly, a batch at a time.
 class Rescorer {
  public:
@@ -68,24 +70,17 @@ inline int64_t drop_below(Candidate* list, int64_t n, float threshold) {
 struct CandidateList {
   Candidate* items;
   int64_t count = 0;
-  int64_t fresh = 0;     // added since the threshold was last looked at
   int64_t rescored = 0;
   float threshold = -std::numeric_limits<float>::infinity();
 
   // Room for the k best, as many that the bounds cannot tell from them, and a batch to come.
   static int64_t capacity(int64_t k) { return 3 * k + 64; }
 
-  void tighten(int64_t k, Rescorer& rescorer) {
-    fresh = 0;
-    if (count < k) return;
-    threshold = std::max(threshold, rescorer.kth_lower(items, count, k));
-    count = drop_below(items, count, threshold);
-  }
-
   // Called when full: bounds first, exact scores where the bounds leave too many.
   void make_room(int64_t k, Rescorer& rescorer, const double* query) {
     const int64_t full = count;
-    tighten(k, rescorer);
+    threshold = std::max(threshold, rescorer.kth_lower(items, count, k));
+    count = drop_below(items, count, threshold);
     if (count <= full - full / 4) return;
     rescored += rescorer.resolve(items, count, query);
     std::nth_element(items, items + (k - 1), items + count, ranks_before);

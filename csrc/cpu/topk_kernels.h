@@ -51,7 +51,7 @@ struct HitBuffer {
 struct Sample {
   float* score;        // approximate, and -inf where the set is empty
   int32_t* dot;        // offset included, as in Hit
-  uint32_t* position;
+  int32_t* position;
 };
 
 struct Kernels {

@@ -38,7 +38,9 @@ SETTINGS = {"metric": ("ip", "cosine"), "prefilter": ("auto", "none")}
 CHUNK = 1 << 24
 
 
-def write(path: str | os.PathLike[str], tensors: dict[str, Tensor], settings: dict[str, str]) -> None:
+def write(
+    path: str | os.PathLike[str], tensors: dict[str, Tensor], settings: dict[str, str]
+) -> None:
     """Write atomically: a file of this name is either the old one or the whole new one."""
     names = sorted(tensors, key=ORDER.index)
     arrays = {name: _bytes(tensors[name]) for name in names}
@@ -69,9 +71,7 @@ def write(path: str | os.PathLike[str], tensors: dict[str, Tensor], settings: di
         raise
 
 
-def read(
-    path: str | os.PathLike[str], *, verify: bool
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read(path: str | os.PathLike[str], *, verify: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors mapped copy-on-write, and the settings; ValueError if anything is amiss."""
 
     def damaged(what: str) -> ValueError:
@@ -92,7 +92,9 @@ def read(
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise damaged("the header cannot be read") from error
     if kind != (FORMAT, VERSION):
-        raise damaged(f"expected {FORMAT} version {VERSION}, got {' version '.join(map(str, kind))}")
+        raise damaged(
+            f"expected {FORMAT} version {VERSION}, got {' version '.join(map(str, kind))}"
+        )
     data = content[8 + length :]
     try:
         _check_entries(entries, metadata, len(data))

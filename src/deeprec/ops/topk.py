@@ -75,9 +75,7 @@ def topk_retrieve(
     table = as_items(items)
     asked = as_queries(queries, table)
     offsets, ids = check_search(asked, k, exclude)
-    values, indices, _ = torch.ops.deeprec.topk(
-        asked, table, None, offsets, ids, k, backend or ""
-    )
+    values, indices, _ = torch.ops.deeprec.topk(asked, table, None, offsets, ids, k, backend or "")
     return TopK(values, indices)
 
 
@@ -130,9 +128,7 @@ def check_search(
             "use SeenItems.from_lists or SeenItems.from_padded"
         )
     if len(exclude) != len(queries):
-        raise ValueError(
-            f"exclude must have one row a query, {len(queries)}, got {len(exclude)}"
-        )
+        raise ValueError(f"exclude must have one row a query, {len(queries)}, got {len(exclude)}")
     if exclude.ids.device != queries.device:
         raise ValueError(
             f"exclude must be on {queries.device} like the queries, got {exclude.ids.device}; "
@@ -250,9 +246,7 @@ def _run_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if queries.numel() and not _all_finite(queries):
         row = int((~queries.isfinite()).any(1).nonzero()[0])
-        raise ValueError(
-            f"queries: row {row} holds NaN or infinity; every query must be finite"
-        )
+        raise ValueError(f"queries: row {row} holds NaN or infinity; every query must be finite")
     values, indices = reference.topk(queries, items, offsets, ids, k)
     return values, indices, indices.new_full((len(queries),), len(items))
 

@@ -33,9 +33,7 @@ def scores(queries: Tensor, items: Tensor) -> Tensor:
     Widened to float64, where products are exact; lane j adds the dimensions d ≡ j (mod 8) in
     ascending order; the lanes are summed as in :func:`_sum_lanes`; rounded once.
     """
-    total = torch.zeros(
-        len(queries), len(items), LANES, dtype=torch.float64, device=queries.device
-    )
+    total = torch.zeros(len(queries), len(items), LANES, dtype=torch.float64, device=queries.device)
     for query, item in zip(_lanes(queries), _lanes(items), strict=True):
         total = total + query[:, None] * item[None]
     return _sum_lanes(total).float()
