@@ -5,6 +5,8 @@
 #include "cpu/isa.h"
 #include "cpu/linear_logprobs.h"
 #include "cpu/logprobs.h"
+#include "cpu/peaks.h"
+#include "cpu/topk.h"
 
 namespace py = pybind11;
 using namespace deeprec;
@@ -21,6 +23,72 @@ void bind_isa(py::module_& m) {
   m.def("set_isa", &set_isa, py::arg("name"));
 }
 
+// A tensor crosses as its address (Tensor.data_ptr()), 0 for none.
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// ---- top-k ----
+
+topk::ItemRows item_rows(uintptr_t data, int64_t count, int64_t dim, int64_t stride,
+                         const std::string& dtype) {
+  if (count < 0 || count > INT64_C(0xffffffff) || dim < 1 || stride < dim)
+    throw std::invalid_argument("items: expected up to 2^32 - 1 rows of at least one element");
+  const auto type = dtype == "float32"    ? topk::Dtype::f32
+                    : dtype == "bfloat16" ? topk::Dtype::bf16
+                    : dtype == "float16"
+                        ? topk::Dtype::f16
+                        : throw std::invalid_argument("items: expected float32, bfloat16 or "
+                                                      "float16, got " + dtype);
+  return {pointer<const void>(data), count, dim, stride, type};
+}
+
+void bind_topk(py::module_& m) {
+  using namespace topk;
+  py::class_<ItemRows>(m, "ItemRows")
+      .def(py::init(&item_rows), py::arg("data"), py::arg("count"), py::arg("dim"),
+           py::arg("stride"), py::arg("dtype"));
+  py::class_<Prefilter>(m, "Prefilter")
+      .def(py::init([](uintptr_t codes, uintptr_t bounds, uintptr_t order, uintptr_t center) {
+             return Prefilter{pointer<uint8_t>(codes), pointer<BlockBound>(bounds),
+                              pointer<const uint32_t>(order), pointer<const double>(center)};
+           }),
+           py::arg("codes"), py::arg("bounds"), py::arg("order"), py::arg("center"));
+  m.def("topk_code_shape", [](int64_t count, int64_t dim) {
+    const int64_t blocks = (count + kGroupRows - 1) / kGroupRows * 2;
+    return std::make_tuple(blocks, code_shape(dim).quads, kBlockRows);
+  });
+  m.def("topk_row_norms",
+        [](const ItemRows& rows, uintptr_t center, uintptr_t norms, int threads) {
+          row_norms(rows, pointer<const double>(center), pointer<double>(norms), threads);
+        },
+        py::call_guard<py::gil_scoped_release>());
+  m.def("topk_normalize_rows",
+        [](const ItemRows& rows, uintptr_t out, int threads) {
+          normalize_rows(rows, pointer<float>(out), threads);
+        },
+        py::call_guard<py::gil_scoped_release>());
+  m.def("topk_encode_blocks",
+        [](const ItemRows& rows, const Prefilter& filter, uintptr_t blocks, int64_t n_blocks,
+           int threads) {
+          encode_blocks(rows, filter, pointer<const int64_t>(blocks), n_blocks, threads);
+        },
+        py::call_guard<py::gil_scoped_release>());
+  m.def("topk_search",
+        [](const ItemRows& rows, const Prefilter& filter, uintptr_t queries, int64_t count,
+           int64_t k, std::pair<uintptr_t, uintptr_t> exclude,
+           std::tuple<uintptr_t, uintptr_t, uintptr_t> answer, int threads) {
+          search({rows, filter},
+                 {pointer<const float>(queries), count, k,
+                  {pointer<const int64_t>(exclude.first), pointer<const int64_t>(exclude.second)},
+                  threads},
+                 {pointer<float>(std::get<0>(answer)), pointer<int64_t>(std::get<1>(answer)),
+                  pointer<int64_t>(std::get<2>(answer))});
+        },
+        py::call_guard<py::gil_scoped_release>());
+}
+
 // ---- bind_logprobs: begin ----
 
 DType parse_dtype(const std::string& name) {
@@ -28,12 +96,6 @@ DType parse_dtype(const std::string& name) {
   if (name == "bfloat16") return DType::bf16;
   if (name == "float16") return DType::f16;
   throw std::invalid_argument("dtype must be float32, bfloat16 or float16, got " + name);
-}
-
-// A tensor crosses as its address (Tensor.data_ptr()), 0 for none.
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
 }
 
 void bind_logprobs(py::module_& m) {
@@ -126,11 +188,30 @@ void bind_linear_logprobs(py::module_& m) {
 
 // ---- bind_logprobs: end ----
 
+// ---- peaks ----
+
+void bind_peaks(py::module_& m) {
+  using namespace peaks;
+  const std::pair<const char*, Unit> units[] = {{"peak_fp32_fma", Unit::fp32_fma},
+                                                {"peak_fp64_fma", Unit::fp64_fma},
+                                                {"peak_int8_dot", Unit::int8_dot},
+                                                {"peak_bf16_dot", Unit::bf16_dot}};
+  for (const auto& [name, unit] : units) {
+    m.def(name,
+          [unit = unit](double seconds, int threads) { return operations(unit, seconds, threads); },
+          py::arg("seconds"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  }
+  m.def("peak_read_bandwidth", &read_bandwidth, py::arg("seconds"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of deeprec";
   bind_isa(m);
+  bind_topk(m);
+  bind_peaks(m);
   bind_logprobs(m);
   bind_linear_logprobs(m);
 }

@@ -7,7 +7,25 @@ kernels.
 import torch  # noqa: F401  # first, so that the kernels share its OpenMP runtime
 
 from deeprec import backends
-from deeprec.ops import AllowedTokens, gather_logprobs, linear_logprobs
+from deeprec.ops import (
+    AllowedTokens,
+    ItemIndex,
+    SeenItems,
+    TopK,
+    gather_logprobs,
+    linear_logprobs,
+    topk_retrieve,
+)
 
 __version__ = "0.1.0"
-__all__ = ["AllowedTokens", "__version__", "backends", "gather_logprobs", "linear_logprobs"]
+__all__ = [
+    "AllowedTokens",
+    "ItemIndex",
+    "SeenItems",
+    "TopK",
+    "__version__",
+    "backends",
+    "gather_logprobs",
+    "linear_logprobs",
+    "topk_retrieve",
+]

@@ -1,7 +1,19 @@
 """Public ops: checked, documented and dispatched to the kernels."""
 
 from deeprec.ops.allowed import AllowedTokens
+from deeprec.ops.index import IndexStats, ItemIndex
 from deeprec.ops.linear_logprobs import linear_logprobs
 from deeprec.ops.logprobs import gather_logprobs
+from deeprec.ops.seen import SeenItems
+from deeprec.ops.topk import TopK, topk_retrieve
 
-__all__ = ["AllowedTokens", "gather_logprobs", "linear_logprobs"]
+__all__ = [
+    "AllowedTokens",
+    "IndexStats",
+    "ItemIndex",
+    "SeenItems",
+    "TopK",
+    "gather_logprobs",
+    "linear_logprobs",
+    "topk_retrieve",
+]

@@ -1,0 +1,1 @@
+"""A whole run: configuration, stages, evaluation and report in one folder."""

@@ -1,0 +1,41 @@
+"""Multi-turn roll-outs: a policy that asks, a tool that answers, token in and token out."""
+
+from deeprec.rollout.constraints import Constraint, ConstraintState, ListConstraint, ListLines
+from deeprec.rollout.engine import Engine
+from deeprec.rollout.environment import (
+    EnvironmentOptions,
+    Observation,
+    PreferenceOverride,
+    PromptBuilder,
+    RetrievalEnvironment,
+    ToolCall,
+)
+from deeprec.rollout.prompts import ChatPrompt
+from deeprec.rollout.rollout import ToolError, rollout
+from deeprec.rollout.token_text import TokenText
+from deeprec.rollout.transformers_engine import TransformersEngine
+from deeprec.rollout.types import Request, Sample, SamplingConfig, Trajectory, Turn
+
+__all__ = [
+    "ChatPrompt",
+    "Constraint",
+    "ConstraintState",
+    "Engine",
+    "EnvironmentOptions",
+    "ListConstraint",
+    "ListLines",
+    "Observation",
+    "PreferenceOverride",
+    "PromptBuilder",
+    "Request",
+    "RetrievalEnvironment",
+    "Sample",
+    "SamplingConfig",
+    "TokenText",
+    "ToolCall",
+    "ToolError",
+    "Trajectory",
+    "TransformersEngine",
+    "Turn",
+    "rollout",
+]

@@ -1,0 +1,21 @@
+"""The preference-aware TRM and its training."""
+
+from deeprec.trm.config import TRMConfig
+from deeprec.trm.examples import WrittenPreference
+from deeprec.trm.model import PreferenceAwareTRM
+from deeprec.trm.phrases import PhraseBook, PhraseEncoder
+from deeprec.trm.preferences import PreferenceMix, PreferenceWriter
+from deeprec.trm.training import TrainedTRM, TRMTrainConfig, train_trm
+
+__all__ = [
+    "PhraseBook",
+    "PhraseEncoder",
+    "PreferenceAwareTRM",
+    "PreferenceMix",
+    "PreferenceWriter",
+    "TRMConfig",
+    "TRMTrainConfig",
+    "TrainedTRM",
+    "WrittenPreference",
+    "train_trm",
+]

@@ -1,0 +1,400 @@
+// The search: which rows are looked at by whom, and with what.
+//
+// Work is a grid of query parts x item parts, one cell a thread. A cell walks its items in chunks
+// that stay in the cache while all its tiles of queries pass over them. Each query of a cell keeps
+// a CandidateList; the lists of a query's cells are merged at the end, when only what the bounds
+// cannot decide is scored exactly. Nothing but the counters depends on the grid.
+#include "cpu/topk.h"
+
+#include <omp.h>
+#include <pthread.h>
+#include <unistd.h>
+
+#include <cfloat>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/float_env.h"
+#include "cpu/isa.h"
+#include "cpu/topk_candidates.h"
+#include "cpu/topk_queries.h"
+
+namespace deeprec::topk {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Below this many multiplications a second thread costs more than it saves.
+constexpr int64_t kParallelWork = int64_t(1) << 20;
+// With this many queries a thread, items are read from memory seldom enough for threads to share
+// the queries among them, not the items; then each query has one list.
+constexpr int64_t kQueriesPerThread = 64;
+// A table of fewer rows, or one of which a sixteenth is asked for, is scanned exactly.
+constexpr int64_t kSmallestTable = 512, kLargestShare = 16;
+// A sample of n rows sets the first threshold. It costs in proportion to n, the candidates that
+// pass it to k N / n, each about 64 times as much as a sampled row: n = sqrt(64 k N) is the least.
+constexpr double kSampleFactor = 8;
+// When an eighth of what a tile scans are candidates, exact scores at once are cheaper; after
+// eight chunks the codes get another chance.
+constexpr int64_t kDenseShare = 8, kDenseChunks = 8;
+constexpr int64_t kHits = 8192;
+
+// A child of fork() has none of its parent's OpenMP threads and would wait for them forever.
+bool g_forked = false;
+const int g_at_fork = pthread_atfork(nullptr, nullptr, [] { g_forked = true; });
+
+int64_t cache_bytes() {
+  static const int64_t bytes = [] {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    const long l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (l2 > 0) return int64_t(l2);
+#endif
+    return int64_t(1) << 20;
+  }();
+  return bytes;
+}
+
+struct Grid {
+  int64_t query_parts, item_parts;
+};
+
+struct Plan {
+  const Index& index;
+  const Request& request;
+  const Kernels& kernels;
+  bool use_codes;
+  int64_t groups;  // of kGroupRows rows
+  int64_t chunk;   // groups
+  Grid grid;
+};
+
+Plan make_plan(const Index& index, const Request& request) {
+  const int64_t n = index.rows.count, groups = (n + kGroupRows - 1) / kGroupRows;
+  const bool use_codes = index.filter.codes && n >= kSmallestTable &&
+                         request.k <= n / kLargestShare;
+  const int64_t row_bytes =
+      use_codes ? code_shape(index.rows.dim).quads * 4
+                : index.rows.dim * (index.rows.type == Dtype::f32 ? 4 : 2);
+  int64_t threads = g_forked ? 1 : std::max(1, request.threads);
+  if (request.count * n * index.rows.dim < kParallelWork) threads = 1;
+  Grid grid;
+  grid.query_parts = std::min(threads, std::max<int64_t>(1, request.count / kQueriesPerThread));
+  grid.item_parts = std::max<int64_t>(1, std::min(threads / grid.query_parts, groups));
+  return {index, request, active_kernels(), use_codes, groups,
+          std::max<int64_t>(8, cache_bytes() / 2 / (kGroupRows * row_bytes)), grid};
+}
+
+// fp32 neighbours that enclose a real number, rounding to nearest and subnormals included.
+float below(double x) { return float(x - std::fabs(x) * 0x1p-23 - 0x1p-149); }
+float above(double x) { return float(x + std::fabs(x) * 0x1p-23 + 0x1p-149); }
+
+// One thread's share: a range of queries against a range of groups.
+class Cell {
+ public:
+  Cell(const Plan& plan, const Queries& queries, CandidateList* lists, int64_t query_begin,
+       int64_t query_end, int64_t group_begin, int64_t group_end)
+      : plan_(plan), queries_(queries), lists_(lists), group_begin_(group_begin),
+        group_end_(group_end), shape_(code_shape(plan.index.rows.dim)),
+        table_{plan.index.filter.codes, plan.index.filter.bounds, shape_.quads, shape_.steps},
+        rescorer_(plan.kernels, plan.index.rows, CandidateList::capacity(plan.request.k)),
+        hits_(size_t(std::max(kHits, kMaxTile * kGroupRows))),
+        buffer_{hits_.data(), int64_t(hits_.size()), 0} {
+    const int64_t width = plan.kernels.tile;
+    for (int64_t q = query_begin; q < query_end; q += width)
+      tiles_.push_back({q, int(std::min(width, query_end - q)), 0, nullptr});
+  }
+
+  void run() {
+    if (plan_.use_codes) prepare_tiles();
+    for (int64_t g = group_begin_; g < group_end_; g += plan_.chunk) {
+      const int64_t end = std::min(group_end_, g + plan_.chunk);
+      for (Span& span : tiles_) {
+        if (!span.coded) {
+          direct(span, g, end);
+        } else if (span.dense > 0) {
+          --span.dense;
+          direct(span, g, end);
+        } else {
+          scan(span, g, end);
+        }
+      }
+    }
+  }
+
+ private:
+  struct Span {
+    int64_t first;  // query
+    int count;
+    int64_t dense;  // chunks still to be scored directly
+    Tile* coded;    // nullptr: no prefilter
+  };
+
+  void prepare_tiles() {
+    const int64_t code_bytes = shape_.quads * 4;
+    const int64_t scratch = (plan_.kernels.scratch_bytes(shape_.quads) + 63) / 64 * 64;
+    const int64_t size = kMaxTile * code_bytes + scratch;
+    // Rows of a matrix-unit tile are fetched fastest from whole cache lines.
+    storage_.resize(size_t(size) * tiles_.size() + 64);
+    char* at =
+        reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(storage_.data()) + 63) / 64 * 64);
+    coded_.resize(tiles_.size());
+    for (size_t t = 0; t < tiles_.size(); ++t, at += size) {
+      Tile& tile = coded_[t];
+      tiles_[t].coded = &tile;
+      tile.count = tiles_[t].count;
+      tile.codes = reinterpret_cast<int8_t*>(at);
+      tile.scratch = at + kMaxTile * code_bytes;
+      tile.packed = false;
+      for (int j = 0; j < tile.count; ++j) {
+        const CodedQuery& query = queries_[tiles_[t].first + j];
+        std::copy(query.codes, query.codes + code_bytes, tile.codes + j * code_bytes);
+        tile.norm[j] = query.norm;
+        tile.error[j] = query.error;
+        tile.offset[j] = query.offset;
+        tile.threshold[j] = -kInfinity;
+      }
+      start(tiles_[t]);
+    }
+  }
+
+  // A first threshold: k rows of a sample have lower bounds that large.
+  void start(const Span& span) {
+    Tile& tile = *span.coded;
+    const int64_t k = plan_.request.k, groups = group_end_ - group_begin_;
+    const double rows = kSampleFactor * std::sqrt(double(k) * double(groups * kGroupRows));
+    const int64_t sampled = std::min(groups / 2, int64_t(rows) / kGroupRows);
+    const int64_t lanes = (2 * k + kGroupRows - 1) / kGroupRows * kGroupRows;
+    if (sampled < 2 * lanes / kGroupRows) return;
+    const size_t size = size_t(tile.count * lanes);
+    std::vector<float> score(size, -kInfinity);
+    std::vector<int32_t> dot(size);
+    std::vector<int32_t> position(size);
+    Table part = table_;
+    part.codes += group_begin_ * shape_.quads * 128;
+    part.bounds += 2 * group_begin_;
+    plan_.kernels.sample(part, tile, sampled, groups / sampled, lanes,
+                         {score.data(), dot.data(), position.data()});
+    std::vector<Candidate> found;
+    for (int j = 0; j < tile.count; ++j) {
+      found.clear();
+      for (int64_t l = 0; l < lanes; ++l) {
+        const size_t at = size_t(j * lanes + l);
+        Candidate candidate;
+        const uint32_t p = uint32_t(group_begin_ * kGroupRows + position[at]);
+        if (score[at] > -kInfinity && bounded(span.first + j, p, dot[at], candidate))
+          found.push_back(candidate);
+      }
+      if (int64_t(found.size()) < k) continue;
+      // The likeliest k, scored exactly: their least score is nearer the truth than its bound.
+      std::nth_element(found.begin(), found.begin() + (k - 1), found.end(), likelier);
+      CandidateList& kept = list(span, j);
+      kept.rescored += rescorer_.resolve(found.data(), k, queries_[span.first + j].exact);
+      kept.threshold = rescorer_.kth_lower(found.data(), k, k);
+      publish(span, j);
+    }
+  }
+
+  CandidateList& list(const Span& span, int j) { return lists_[span.first + j]; }
+
+  // What is known of a row from its codes; false if it is padding or excluded.
+  bool bounded(int64_t query, uint32_t position, int32_t dot, Candidate& out) const {
+    if (position >= plan_.index.rows.count) return false;
+    out.id = item(position);
+    if (queries_.excluded(query, out.id)) return false;
+    const CodedQuery& q = queries_[query];
+    const BlockBound& block = table_.bounds[position / kBlockRows];
+    const double unit = q.scale / block.inverse_scale;
+    const double middle = q.shift + (dot - q.offset) * unit;
+    const double radius = (q.norm * block.error + q.error * block.norm) * unit * (1 + 0x1p-40);
+    out.lower = below(middle - radius);
+    out.upper = above(middle + radius);
+    return true;
+  }
+
+  uint32_t item(uint32_t position) const {
+    const uint32_t* order = plan_.index.filter.order;
+    return order ? order[position] : position;
+  }
+
+  // The list's threshold as the scan wants it: below the fp32 rounding of any score that ties,
+  // without the part of the score that is the same for all rows, in units of the query's scale.
+  void publish(const Span& span, int j) {
+    if (!span.coded) return;
+    const CodedQuery& query = queries_[span.first + j];
+    double t = std::min(list(span, j).threshold, FLT_MAX);
+    t -= std::fabs(t) * 0x1p-23 + 0x1p-148;
+    span.coded->threshold[j] = (t - query.shift) / query.scale;
+  }
+
+  void add(int64_t query, CandidateList& list, const Candidate& candidate) {
+    if (candidate.upper < list.threshold) return;
+    if (list.count == CandidateList::capacity(plan_.request.k))
+      list.make_room(plan_.request.k, rescorer_, queries_[query].exact);
+    list.items[list.count++] = candidate;
+    ++list.fresh;
+  }
+
+  void tighten(const Span& span) {
+    for (int j = 0; j < span.count; ++j) {
+      CandidateList& l = list(span, j);
+      if (l.fresh >= plan_.request.k) l.tighten(plan_.request.k, rescorer_);
+      publish(span, j);
+    }
+  }
+
+  void scan(Span& span, int64_t begin, int64_t end) {
+    Tile& tile = *span.coded;
+    // Without a threshold everything is a candidate: start with a few groups.
+    int64_t step = std::isinf(tile.threshold[0]) ? 4 : end - begin, found = 0;
+    for (int64_t g = begin; g < end;) {
+      buffer_.count = 0;
+      const int64_t stop = std::min(end, g + step);
+      g = plan_.kernels.scan(table_, tile, g, stop, buffer_);
+      if (g == stop) step *= 2;
+      found += buffer_.count;
+      for (int64_t i = 0; i < buffer_.count; ++i) {
+        const Hit& hit = buffer_.hits[i];
+        const int64_t query = span.first + hit.query;
+        Candidate candidate;
+        if (bounded(query, hit.position, hit.dot, candidate))
+          add(query, lists_[query], candidate);
+      }
+      if (buffer_.count) tighten(span);
+    }
+    if (begin != group_begin_ && found * kDenseShare > (end - begin) * kGroupRows * span.count)
+      span.dense = kDenseChunks;
+  }
+
+  void direct(const Span& span, int64_t begin, int64_t end) {
+    const int64_t last = std::min(end * kGroupRows, plan_.index.rows.count);
+    const double* exact[kMaxTile];
+    for (int j = 0; j < span.count; ++j) exact[j] = queries_[span.first + j].exact;
+    int64_t step = list(span, 0).count < plan_.request.k ? 32 : kHits / span.count;
+    for (int64_t p = begin * kGroupRows; p < last;) {
+      float thresholds[kMaxTile];
+      for (int j = 0; j < span.count; ++j) thresholds[j] = list(span, j).threshold;
+      buffer_.count = 0;
+      const int64_t stop = std::min(last, p + step);
+      plan_.kernels.direct(plan_.index.rows, plan_.index.filter.order, exact, span.count,
+                           thresholds, p, stop, buffer_);
+      for (int j = 0; j < span.count; ++j) list(span, j).rescored += stop - p;
+      for (int64_t i = 0; i < buffer_.count; ++i) {
+        const Hit& hit = buffer_.hits[i];
+        const int64_t query = span.first + hit.query;
+        const uint32_t id = item(hit.position);
+        if (!queries_.excluded(query, id))
+          add(query, lists_[query], {hit.score, hit.score, id});
+      }
+      if (buffer_.count) tighten(span);
+      p = stop;
+      step = std::min(2 * step, kHits / span.count);
+    }
+  }
+
+  const Plan& plan_;
+  const Queries& queries_;
+  CandidateList* lists_;  // by query
+  const int64_t group_begin_, group_end_;
+  const CodeShape shape_;
+  const Table table_;
+  Rescorer rescorer_;
+  std::vector<Hit> hits_;
+  HitBuffer buffer_;
+  std::vector<Span> tiles_;
+  std::vector<Tile> coded_;
+  std::vector<char> storage_;
+};
+
+// The k best of a query's candidates, exactly, into its row of the answer.
+void finish(const Plan& plan, const Queries& queries, const std::vector<CandidateList>& lists,
+            int64_t query, std::vector<Candidate>& all, Rescorer& rescorer, const Answer& answer) {
+  const int64_t k = plan.request.k, count = plan.request.count;
+  all.clear();
+  float threshold = -kInfinity;
+  int64_t rescored = 0;
+  for (int64_t part = 0; part < plan.grid.item_parts; ++part) {
+    const CandidateList& list = lists[size_t(part * count + query)];
+    all.insert(all.end(), list.items, list.items + list.count);
+    threshold = std::max(threshold, list.threshold);
+    rescored += list.rescored;
+  }
+  Candidate* c = all.data();
+  int64_t n = int64_t(all.size());
+  if (n > k) {
+    threshold = std::max(threshold, rescorer.kth_lower(c, n, k));
+    n = drop_below(c, n, threshold);
+    // Once the likeliest k are exact, the k-th of them rules out most of the others.
+    std::nth_element(c, c + (k - 1), c + n, likelier);
+    rescored += rescorer.resolve(c, k, queries[query].exact);
+    n = drop_below(c, n, rescorer.kth_lower(c, n, k));
+  }
+  rescored += rescorer.resolve(c, n, queries[query].exact);
+  const int64_t kept = std::min(k, n);
+  std::partial_sort(c, c + kept, c + n, ranks_before);
+  float* values = answer.values + query * k;
+  int64_t* indices = answer.indices + query * k;
+  for (int64_t i = 0; i < k; ++i) {
+    values[i] = i < kept ? c[i].lower : -kInfinity;
+    indices[i] = i < kept ? int64_t(c[i].id) : -1;
+  }
+  answer.rescored[query] = rescored;
+}
+
+}  // namespace
+
+const Kernels& active_kernels() {
+  switch (active_isa()) {
+#if defined(__x86_64__)
+    case Isa::avx2: return *avx2_kernels();
+    case Isa::avx_vnni: return *avx_vnni_kernels();
+    case Isa::avx512: return *avx512_kernels();
+    case Isa::avx512_vnni: return *avx512_vnni_kernels();
+    case Isa::amx: return *amx_kernels();
+#endif
+    default: return *scalar_kernels();
+  }
+}
+
+void search(const Index& index, const Request& request, const Answer& answer) {
+  const Plan plan = make_plan(index, request);
+  const Grid grid = plan.grid;
+  Queries queries(index, request);
+  const int64_t capacity = CandidateList::capacity(request.k), count = request.count;
+  std::vector<CandidateList> lists(size_t(grid.item_parts * count));
+  std::vector<Candidate> storage(lists.size() * size_t(capacity));
+  for (size_t i = 0; i < lists.size(); ++i) lists[i].items = &storage[i * size_t(capacity)];
+
+  const int64_t cells = grid.query_parts * grid.item_parts;
+  bool finite = true;
+#pragma omp parallel num_threads(int(cells))
+  {
+    const DefaultFloatEnv env;
+#pragma omp for schedule(static) reduction(&& : finite)
+    for (int64_t b = 0; b < count; ++b) {
+      queries.prepare(b);
+      finite = finite && queries.finite(b);
+    }
+    if (finite) {
+#pragma omp for schedule(static, 1)
+      for (int64_t cell = 0; cell < cells; ++cell) {
+        const int64_t qp = cell / grid.item_parts, ip = cell % grid.item_parts;
+        Cell(plan, queries, &lists[size_t(ip * count)], count * qp / grid.query_parts,
+             count * (qp + 1) / grid.query_parts, plan.groups * ip / grid.item_parts,
+             plan.groups * (ip + 1) / grid.item_parts)
+            .run();
+      }
+      Rescorer rescorer(plan.kernels, index.rows, capacity * grid.item_parts);
+      std::vector<Candidate> all;
+#pragma omp for schedule(static)
+      for (int64_t b = 0; b < count; ++b)
+        finish(plan, queries, lists, b, all, rescorer, answer);
+    }
+  }
+  for (int64_t b = 0; !finite && b < count; ++b)
+    if (!queries.finite(b))
+      throw std::invalid_argument("queries: row " + std::to_string(b) +
+                                  " holds NaN or infinity; every query must be finite");
+}
+
+}  // namespace deeprec::topk

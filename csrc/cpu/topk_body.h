@@ -1,0 +1,226 @@
+// The body of the top-k kernels; included by every topk_ISA.cpp inside its own namespace, after
+// it has defined
+//   Lanes   eight fp64 lanes: zero, load (fp64), widen (item type), fma, total
+//   Dots    dot products of codes: kTile, scratch_bytes, pack, and Session, set up once a scan,
+//           whose group() fills dots[query][row] for the rows of one group
+//   reach   which of a query's dots reach their block's threshold, as a bit mask
+// The order of the exact score is the contract of ops/reference/topk.py: lane j of 8 adds the
+// dimensions d = j (mod 8) ascending; lanes are summed ((0+4)+(2+6))+((1+5)+(3+7)); one rounding
+// to fp32. Products of two fp32 are exact in fp64, so fma and multiply-add agree.
+
+// Rows scored together, to hide the latency of the additions.
+constexpr int kRowsAtOnce = 4;
+
+template <class T, int kRows>
+inline void score_rows(const T* const* x, int64_t dim, const double* query, float* out) {
+  Lanes sum[kRows];
+  for (int r = 0; r < kRows; ++r) sum[r] = Lanes::zero();
+  const int64_t whole = dim & ~int64_t(7);
+  for (int64_t d = 0; d < whole; d += 8) {
+    const Lanes q = Lanes::load(query + d);
+    for (int r = 0; r < kRows; ++r) sum[r] = Lanes::fma(Lanes::widen(x[r] + d), q, sum[r]);
+  }
+  if (whole != dim) {
+    const Lanes q = Lanes::load(query + whole);  // zero beyond dim
+    for (int r = 0; r < kRows; ++r) {
+      T tail[8] = {};
+      for (int64_t d = whole; d < dim; ++d) tail[d - whole] = x[r][d];
+      sum[r] = Lanes::fma(Lanes::widen(tail), q, sum[r]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) out[r] = float(sum[r].total());
+}
+
+template <class T>
+void score_ids(const ItemRows& rows, const double* query, const uint32_t* ids, int64_t n,
+               float* out) {
+  const T* base = static_cast<const T*>(rows.data);
+  constexpr int64_t kAhead = 8;  // rows fetched before they are needed: they lie anywhere
+  const int64_t bytes = rows.dim * int64_t(sizeof(T));
+  int64_t i = 0;
+  for (; i + kRowsAtOnce <= n; i += kRowsAtOnce) {
+    for (int64_t a = i + kAhead; a < i + kAhead + kRowsAtOnce && a < n; ++a) {
+      const char* row = reinterpret_cast<const char*>(base + int64_t(ids[a]) * rows.stride);
+      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte);
+    }
+    const T* x[kRowsAtOnce];
+    for (int r = 0; r < kRowsAtOnce; ++r) x[r] = base + int64_t(ids[i + r]) * rows.stride;
+    score_rows<T, kRowsAtOnce>(x, rows.dim, query, out + i);
+  }
+  for (; i < n; ++i) {
+    const T* x = base + int64_t(ids[i]) * rows.stride;
+    score_rows<T, 1>(&x, rows.dim, query, out + i);
+  }
+}
+
+void score(const ItemRows& rows, const double* query, const uint32_t* ids, int64_t n, float* out) {
+  switch (rows.type) {
+    case Dtype::f32: return score_ids<float>(rows, query, ids, n, out);
+    case Dtype::bf16: return score_ids<Bf16>(rows, query, ids, n, out);
+    case Dtype::f16: return score_ids<Half>(rows, query, ids, n, out);
+  }
+}
+
+template <class T, int kQueries>
+inline void direct_tile(const T* const* x, int64_t dim, const double* const* queries,
+                        float out[][kRowsAtOnce]) {
+  Lanes sum[kQueries][kRowsAtOnce];
+  for (int q = 0; q < kQueries; ++q)
+    for (int r = 0; r < kRowsAtOnce; ++r) sum[q][r] = Lanes::zero();
+  const int64_t whole = dim & ~int64_t(7);
+  for (int64_t d = 0; d < whole; d += 8) {
+    Lanes row[kRowsAtOnce];
+    for (int r = 0; r < kRowsAtOnce; ++r) row[r] = Lanes::widen(x[r] + d);
+    for (int q = 0; q < kQueries; ++q) {
+      const Lanes query = Lanes::load(queries[q] + d);
+      for (int r = 0; r < kRowsAtOnce; ++r) sum[q][r] = Lanes::fma(row[r], query, sum[q][r]);
+    }
+  }
+  if (whole != dim) {
+    for (int r = 0; r < kRowsAtOnce; ++r) {
+      T tail[8] = {};
+      for (int64_t d = whole; d < dim; ++d) tail[d - whole] = x[r][d];
+      const Lanes row = Lanes::widen(tail);
+      for (int q = 0; q < kQueries; ++q)
+        sum[q][r] = Lanes::fma(row, Lanes::load(queries[q] + whole), sum[q][r]);
+    }
+  }
+  for (int q = 0; q < kQueries; ++q)
+    for (int r = 0; r < kRowsAtOnce; ++r) out[q][r] = float(sum[q][r].total());
+}
+
+template <class T>
+void direct_rows(const ItemRows& rows, const uint32_t* order, const double* const* queries,
+                 int count, const float* thresholds, int64_t begin, int64_t end, HitBuffer& hits) {
+  const T* base = static_cast<const T*>(rows.data);
+  constexpr int kQueries = Lanes::kDirectQueries;
+  for (int64_t p = begin; p < end; p += kRowsAtOnce) {
+    const int n = int(end - p < kRowsAtOnce ? end - p : kRowsAtOnce);
+    const T* x[kRowsAtOnce];
+    for (int r = 0; r < kRowsAtOnce; ++r) {
+      const int64_t position = r < n ? p + r : p;
+      x[r] = base + (order ? int64_t(order[position]) : position) * rows.stride;
+    }
+    for (int q0 = 0; q0 < count; q0 += kQueries) {
+      float out[kQueries][kRowsAtOnce];
+      const int nq = count - q0 < kQueries ? count - q0 : kQueries;
+      if (nq == kQueries) {
+        direct_tile<T, kQueries>(x, rows.dim, queries + q0, out);
+      } else {
+        for (int q = 0; q < nq; ++q) direct_tile<T, 1>(x, rows.dim, queries + q0 + q, out + q);
+      }
+      for (int q = 0; q < nq; ++q) {
+        for (int r = 0; r < n; ++r) {
+          if (out[q][r] < thresholds[q0 + q]) continue;
+          Hit& hit = hits.hits[hits.count++];
+          hit.position = uint32_t(p + r);
+          hit.query = q0 + q;
+          hit.score = out[q][r];
+        }
+      }
+    }
+  }
+}
+
+void direct(const ItemRows& rows, const uint32_t* order, const double* const* queries, int count,
+            const float* thresholds, int64_t begin, int64_t end, HitBuffer& hits) {
+  switch (rows.type) {
+    case Dtype::f32:
+      return direct_rows<float>(rows, order, queries, count, thresholds, begin, end, hits);
+    case Dtype::bf16:
+      return direct_rows<Bf16>(rows, order, queries, count, thresholds, begin, end, hits);
+    case Dtype::f16:
+      return direct_rows<Half>(rows, order, queries, count, thresholds, begin, end, hits);
+  }
+}
+
+// The integer each query's dots must reach in one block; false if no row of the block can reach
+// any of them, because |dot| <= |query codes| |row codes| <= norm * (norm_b + error_b).
+// Conditions are integers and values selected, not branched on, so that this becomes vectors.
+inline bool block_thresholds(const BlockBound& bound, const Tile& tile, int n,
+                             int32_t* __restrict need) {
+  const double inverse_scale = bound.inverse_scale, error = bound.error, norm = bound.norm;
+  int32_t reachable = 0;
+  for (int j = 0; j < n; ++j) {
+    // 0.001 covers the rounding of this line: a term beyond 2^40 saturates below, smaller ones
+    // are good to 2^-13 each.
+    const double t =
+        tile.threshold[j] * inverse_scale - tile.norm[j] * error - tile.error[j] * norm - 0.001;
+    reachable |= int32_t(tile.norm[j] * (norm + error) >= t);
+    double dot = t + tile.offset[j];
+    dot = dot > -2147483648.0 ? dot : -2147483648.0;
+    dot = dot < 2147483647.0 ? dot : 2147483647.0;
+    need[j] = int32_t(dot);  // towards zero: at most the ceiling
+  }
+  return reachable != 0;
+}
+
+inline void pack_once(const Table& table, Tile& tile) {
+  if (tile.packed) return;
+  Dots::pack(table, tile);
+  tile.packed = true;
+}
+
+int64_t scan(const Table& table, Tile& tile, int64_t begin, int64_t end, HitBuffer& hits) {
+  alignas(64) int32_t dots[kMaxTile][kGroupRows];
+  alignas(64) int32_t need[2][kMaxTile];
+  pack_once(table, tile);
+  const typename Dots::Session session(table, tile);
+  const int n = tile.count;
+  for (int64_t g = begin; g < end; ++g) {
+    if (hits.capacity - hits.count < n * kGroupRows) return g;
+    const bool first = block_thresholds(table.bounds[2 * g], tile, n, need[0]);
+    const bool second = block_thresholds(table.bounds[2 * g + 1], tile, n, need[1]);
+    if (!first && !second) continue;
+    session.group(table.codes + g * table.quads * 128, dots);
+    for (int j = 0; j < n; ++j) {
+      uint32_t mask = reach(dots[j], need[0][j], need[1][j]);
+      while (mask) {
+        const int r = __builtin_ctz(mask);
+        mask &= mask - 1;
+        Hit& hit = hits.hits[hits.count++];
+        hit.position = uint32_t(g * kGroupRows + r);
+        hit.query = j;
+        hit.dot = dots[j][r];
+      }
+    }
+  }
+  return end;
+}
+
+inline void keep_best(const int32_t* dots, float offset, const float* scale, int32_t first,
+                      float* __restrict score, int32_t* __restrict dot,
+                      int32_t* __restrict position) {
+  for (int half = 0; half < 2; ++half) {
+    for (int r = half * int(kBlockRows); r < (half + 1) * int(kBlockRows); ++r) {
+      const float value = (float(dots[r]) - offset) * scale[half];
+      const bool better = value > score[r];
+      score[r] = better ? value : score[r];
+      dot[r] = better ? dots[r] : dot[r];
+      position[r] = better ? first + r : position[r];
+    }
+  }
+}
+
+void sample(const Table& table, Tile& tile, int64_t groups, int64_t stride, int64_t lanes,
+            const Sample& best) {
+  alignas(64) int32_t dots[kMaxTile][kGroupRows];
+  pack_once(table, tile);
+  const typename Dots::Session session(table, tile);
+  const int64_t sets = lanes / kGroupRows;
+  for (int64_t i = 0; i < groups; ++i) {
+    const int64_t g = i * stride;
+    session.group(table.codes + g * table.quads * 128, dots);
+    // Blocks have different scales, so lanes compare scaled scores. They are only a preference:
+    // whoever uses the sample computes its bounds afresh.
+    const float scale[2] = {1.0f / table.bounds[2 * g].inverse_scale,
+                            1.0f / table.bounds[2 * g + 1].inverse_scale};
+    for (int j = 0; j < tile.count; ++j) {
+      const int64_t lane = j * lanes + (i % sets) * kGroupRows;
+      keep_best(dots[j], float(tile.offset[j]), scale, int32_t(g * kGroupRows),
+                best.score + lane, best.dot + lane, best.position + lane);
+    }
+  }
+}
+
+constexpr Kernels kKernels{Dots::kTile, Dots::scratch_bytes, scan, sample, score, direct};

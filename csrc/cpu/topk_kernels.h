@@ -1,0 +1,84 @@
+// The functions that exist once per instruction set, as a table (topk_ISA.cpp fills one each).
+//
+// The files that implement it are compiled with their set's flags, so nothing inline from
+// elsewhere may end up in them: plain structs and pointers only.
+#pragma once
+
+#include "cpu/topk.h"
+
+namespace deeprec::topk {
+
+// Queries a scan may work on at once.
+constexpr int kMaxTile = 32;
+
+struct Hit {
+  uint32_t position;  // row in stored order
+  int32_t query;      // within the tile
+  union {
+    int32_t dot;  // of the codes, offset included (scan)
+    float score;  // exact (direct)
+  };
+};
+
+// Queries as the scan sees them. With unsigned row codes the scan's dots are too large by
+// offset = 128 * sum(query codes); a row whose dot is d in block b stays a candidate if
+//   d - offset >= threshold * inverse_scale_b - norm * error_b - error * norm_b,
+// everything in units of the query's scale (the proof is in topk_encode.cpp).
+struct Tile {
+  int count;       // queries in use
+  int8_t* codes;   // [kMaxTile, quads * 4]; zero beyond count
+  void* scratch;   // the kernels' own form of the codes: scratch_bytes(quads)
+  bool packed;     // scratch is filled
+  alignas(64) double threshold[kMaxTile];
+  alignas(64) double norm[kMaxTile];
+  alignas(64) double error[kMaxTile];
+  alignas(64) double offset[kMaxTile];
+};
+
+struct Table {
+  const uint8_t* codes;
+  const BlockBound* bounds;
+  int64_t quads;
+  int64_t steps;
+};
+
+struct HitBuffer {
+  Hit* hits;
+  int64_t capacity;
+  int64_t count;
+};
+
+struct Sample {
+  float* score;        // approximate, and -inf where the set is empty
+  int32_t* dot;        // offset included, as in Hit
+  int32_t* position;
+};
+
+struct Kernels {
+  int tile;  // queries worth giving to one scan
+  int64_t (*scratch_bytes)(int64_t quads);
+  // Appends candidates of groups [begin, end); returns the first group not done, because the
+  // buffer had no room for a whole group.
+  int64_t (*scan)(const Table&, Tile&, int64_t begin, int64_t end, HitBuffer&);
+  // Of `lanes` (a multiple of 32) disjoint sets of rows out of every `stride`-th group, the best
+  // row of each: entry [query * lanes + lane]. Scores must come filled with -inf.
+  void (*sample)(const Table&, Tile&, int64_t groups, int64_t stride, int64_t lanes,
+                 const Sample& best);
+  // Exact scores of rows `ids` against a query widened to fp64 and zero-padded to 8.
+  void (*score)(const ItemRows&, const double* query, const uint32_t* ids, int64_t n, float* out);
+  // Exact scores of positions [begin, end) against `count` queries; appends those that reach
+  // their query's threshold. The buffer must have room for all.
+  void (*direct)(const ItemRows&, const uint32_t* order, const double* const* queries, int count,
+                 const float* thresholds, int64_t begin, int64_t end, HitBuffer&);
+};
+
+const Kernels* scalar_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx_vnni_kernels();
+const Kernels* avx512_kernels();
+const Kernels* avx512_vnni_kernels();
+const Kernels* amx_kernels();
+// Those of the active instruction set.
+const Kernels& active_kernels();
+
+}  // namespace deeprec::topk

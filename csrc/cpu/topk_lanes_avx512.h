@@ -1,0 +1,33 @@
+// Eight fp64 lanes in one register, and the comparison of dots, for AVX-512.
+struct Lanes {
+  static constexpr int kDirectQueries = 4;
+  __m512d v;
+
+  static Lanes zero() { return {_mm512_setzero_pd()}; }
+  static Lanes load(const double* p) { return {_mm512_loadu_pd(p)}; }
+  static Lanes widen(const float* p) { return {_mm512_cvtps_pd(_mm256_loadu_ps(p))}; }
+  static Lanes widen(const Bf16* p) {
+    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)))};
+  }
+  static Lanes widen(const Half* p) {
+    return {_mm512_cvtps_pd(
+        _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+  }
+  static Lanes fma(const Lanes& a, const Lanes& b, const Lanes& sum) {
+    return {_mm512_fmadd_pd(a.v, b.v, sum.v)};
+  }
+  double total() const {
+    const __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(v), _mm512_extractf64x4_pd(v, 1));
+    const __m128d two =
+        _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+  }
+};
+
+inline uint32_t reach(const int32_t* dots, int32_t first, int32_t second) {
+  const __mmask16 low = _mm512_cmpge_epi32_mask(_mm512_load_si512(dots), _mm512_set1_epi32(first));
+  const __mmask16 high =
+      _mm512_cmpge_epi32_mask(_mm512_load_si512(dots + 16), _mm512_set1_epi32(second));
+  return uint32_t(low) | uint32_t(high) << 16;
+}

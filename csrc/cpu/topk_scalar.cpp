@@ -1,0 +1,73 @@
+#include "cpu/topk_kernels.h"
+
+namespace deeprec::topk {
+namespace {
+
+#include "cpu/topk_items.h"
+
+struct Lanes {
+  static constexpr int kDirectQueries = 1;
+  double v[8];
+
+  static Lanes zero() { return Lanes{}; }
+  static Lanes load(const double* p) {
+    Lanes x;
+    for (int j = 0; j < 8; ++j) x.v[j] = p[j];
+    return x;
+  }
+  template <class T>
+  static Lanes widen(const T* p) {
+    Lanes x;
+    for (int j = 0; j < 8; ++j) x.v[j] = double(to_float(p[j]));
+    return x;
+  }
+  static Lanes fma(const Lanes& a, const Lanes& b, const Lanes& sum) {
+    Lanes x;
+    for (int j = 0; j < 8; ++j) x.v[j] = sum.v[j] + a.v[j] * b.v[j];
+    return x;
+  }
+  double total() const {
+    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+  }
+};
+
+struct Dots {
+  static constexpr int kTile = 8;
+  static int64_t scratch_bytes(int64_t) { return 0; }
+  static void pack(const Table&, Tile&) {}
+
+  struct Session {
+    Session(const Table& t, const Tile& q) : table(t), tile(q) {}
+    const Table& table;
+    const Tile& tile;
+
+    void group(const uint8_t* codes, int32_t (*dots)[kGroupRows]) const {
+      for (int j = 0; j < tile.count; ++j) {
+        const int8_t* query = tile.codes + j * table.quads * 4;
+        for (int64_t r = 0; r < kGroupRows; ++r) {
+          const uint8_t* row =
+              codes + (r / kBlockRows) * table.quads * 64 + (r % kBlockRows) * 4;
+          int32_t sum = 0;
+          for (int64_t d = 0; d < table.quads; ++d)
+            for (int i = 0; i < 4; ++i) sum += int32_t(row[d * 64 + i]) * query[d * 4 + i];
+          dots[j][r] = sum;
+        }
+      }
+    }
+  };
+};
+
+inline uint32_t reach(const int32_t* dots, int32_t first, int32_t second) {
+  uint32_t mask = 0;
+  for (int r = 0; r < int(kGroupRows); ++r)
+    mask |= uint32_t(dots[r] >= (r < int(kBlockRows) ? first : second)) << r;
+  return mask;
+}
+
+#include "cpu/topk_body.h"
+
+}  // namespace
+
+const Kernels* scalar_kernels() { return &kKernels; }
+
+}  // namespace deeprec::topk

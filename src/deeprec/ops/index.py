@@ -1,0 +1,307 @@
+"""An item table prepared for exact top-k: 8-bit codes decide which rows need an exact score."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deeprec import _C
+from deeprec.ops import index_file
+from deeprec.ops.seen import SeenItems
+from deeprec.ops.topk import (
+    TopK,
+    as_items,
+    as_queries,
+    check_search,
+    item_rows,
+    prefilter_view,
+)
+
+__all__ = ["IndexStats", "ItemIndex"]
+
+Metric = Literal["ip", "cosine"]
+PrefilterChoice = Literal["auto", "none"]
+
+# Sums of code products stay inside int32 up to here.
+MAX_CODED_DIM = 65536
+# Fewer rows are scanned exactly in any case.
+MIN_CODED_ROWS = 512
+# Rows are sorted by norm into classes this many to a factor of two (9% wide): blocks of similar
+# norm share a scale well, and rows of one class keep their order.
+NORM_CLASSES = 8
+# A common part is taken out of the rows if that shortens them by a tenth; rows beyond twice the
+# median norm have no say in it.
+CENTER_GAIN = 0.9
+OUTLIER = 2.0
+# Rows handled at once where a float32 copy is needed.
+CHUNK = 65536
+
+
+@dataclass(frozen=True)
+class IndexStats:
+    """How well the prefilter did in the latest search.
+
+    ``rescored`` is the number of exact scores computed; without a prefilter all of them.
+    """
+
+    queries: int
+    rescored: int
+
+    @property
+    def rescored_per_query(self) -> float:
+        return self.rescored / self.queries if self.queries else 0.0
+
+
+class ItemIndex:
+    """Items ``[N, D]`` to be searched many times, exactly.
+
+    Every row is also kept as 8-bit codes, with a proven bound on what they leave out. A search
+    scores codes, and computes an exact score only where the bound cannot exclude a row, so the
+    answer is that of :func:`topk_retrieve` bit for bit. The bound holds for any data; how many
+    rows it excludes depends on them (:meth:`stats`), and where it is too few the search scans
+    exactly. The method is described and proven in ``csrc/cpu/topk_encode.cpp``.
+
+    Items are copied. Searches may run in several threads at once, an update must run alone.
+
+    Args:
+        items: ``[N, D]``, float32, bfloat16 or float16, finite.
+        metric: "ip", or "cosine": rows and queries are first normalised (in float64, stored as
+            float32), and must not be zero.
+        prefilter: "auto" builds codes on the CPU (about a quarter more memory than float32 items
+            alone), "none" always scans exactly.
+
+    Raises:
+        TypeError: the dtype does not fit.
+        ValueError: the shape, metric or prefilter does not fit, or a row is not finite, or is
+            zero under cosine.
+    """
+
+    def __init__(
+        self,
+        items: Tensor | np.ndarray,
+        *,
+        metric: Metric = "ip",
+        prefilter: PrefilterChoice = "auto",
+    ) -> None:
+        for name, value, choices in (
+            ("metric", metric, get_args(Metric)),
+            ("prefilter", prefilter, get_args(PrefilterChoice)),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        self.metric: Metric = metric
+        self.prefilter: PrefilterChoice = prefilter
+        self._items = self._stored(as_items(items), "items", copy=True)
+        self._table: list[Tensor] | None = None
+        self._rescored = torch.empty(0, dtype=torch.int64)
+        if self._wants_codes():
+            self._build()
+
+    def search(
+        self,
+        queries: Tensor | np.ndarray,
+        k: int,
+        exclude: SeenItems | None = None,
+        *,
+        backend: str | None = None,
+    ) -> TopK:
+        """The k best items of every query ``[B, D]`` (float32), as :func:`topk_retrieve`."""
+        asked = as_queries(queries, self._items)
+        offsets, ids = check_search(asked, k, exclude)
+        if self.metric == "cosine":
+            asked = torch.ops.deeprec.normalize_rows(asked, "queries")
+        values, indices, self._rescored = torch.ops.deeprec.topk(
+            asked, self._items, self._table or [], offsets, ids, k, backend or ""
+        )
+        return TopK(values, indices)
+
+    def update(self, rows: Tensor | np.ndarray, vectors: Tensor | np.ndarray) -> None:
+        """Replace rows ``[M]`` (distinct) by ``vectors`` ``[M, D]`` of the items' dtype.
+
+        Raises IndexError for a row out of range, TypeError or ValueError as the constructor.
+        """
+        where = torch.as_tensor(rows, device=self._items.device)
+        if where.ndim != 1 or where.is_floating_point() or where.dtype == torch.bool:
+            raise ValueError(
+                f"rows must be integers [M], got {where.dtype} of shape {tuple(where.shape)}"
+            )
+        where = where.long()
+        new = as_items(vectors, "vectors")
+        if new.shape != (len(where), self.dim):
+            raise ValueError(
+                f"vectors must have shape [{len(where)}, {self.dim}], got {tuple(new.shape)}"
+            )
+        if self.metric == "ip" and new.dtype != self._items.dtype:
+            raise TypeError(
+                f"vectors must be {self._items.dtype} like the items, got {new.dtype}; "
+                f"use .to({self._items.dtype})"
+            )
+        if len(where) and not 0 <= int(where.min()) <= int(where.max()) < len(self):
+            raise IndexError(
+                f"rows go from {int(where.min())} to {int(where.max())}, but the items are "
+                f"0 … {len(self) - 1}"
+            )
+        if len(where.unique()) != len(where):
+            raise ValueError("rows must be distinct, got duplicates")
+        self._items[where] = self._stored(new.to(self._items.device), "vectors")
+        if self._table is not None:
+            order = self._table[2]
+            position = order.argsort()[where] if len(order) else where
+            self._encode((position // _block_rows(self._items)).unique())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the index as a safetensors file with a version and a checksum."""
+        index_file.write(path, self._state(), {"metric": self.metric, "prefilter": self.prefilter})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, verify: bool = True) -> ItemIndex:
+        """Map a saved index into memory; pages are read when needed and shared between processes.
+
+        ``verify=False`` trusts the content and skips the checksum, which reads the file once.
+        Updates stay in memory. Raises ValueError if the file is damaged or of another version.
+        """
+        tensors, settings = index_file.read(path, verify=verify)
+        index = cls.__new__(cls)
+        index.metric = settings["metric"]
+        index.prefilter = settings["prefilter"]
+        index._items = tensors["items"]
+        names = ("codes", "bounds", "order", "center")
+        index._table = [tensors[name] for name in names] if "codes" in tensors else None
+        index._rescored = torch.empty(0, dtype=torch.int64)
+        return index
+
+    def to(self, device: torch.device | str) -> ItemIndex:
+        """The same index on another device; itself if it is there already."""
+        if torch.device(device) == self._items.device:
+            return self
+        moved = ItemIndex.__new__(ItemIndex)
+        moved.metric, moved.prefilter = self.metric, self.prefilter
+        moved._items = self._items.to(device)
+        moved._table = None
+        moved._rescored = self._rescored[:0]
+        if moved._wants_codes():
+            moved._build()
+        return moved
+
+    def stats(self) -> IndexStats:
+        """Counters of the latest search on this index."""
+        return IndexStats(len(self._rescored), int(self._rescored.sum()))
+
+    @property
+    def dim(self) -> int:
+        return self._items.shape[1]
+
+    @property
+    def items(self) -> Tensor:
+        """The stored rows (normalised under cosine); read only, changed by :meth:`update`."""
+        return self._items
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._state().values())
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __repr__(self) -> str:
+        coded = "8-bit codes" if self._table is not None else "no prefilter"
+        return (
+            f"ItemIndex({len(self)} x {self.dim}, {self._items.dtype}, {self.metric}, {coded}, "
+            f"{self.nbytes / 1e6:.1f} MB)"
+        )
+
+    # ---- building ----
+
+    def _stored(self, items: Tensor, name: str, *, copy: bool = False) -> Tensor:
+        """Rows as the index keeps them: checked, and normalised under cosine."""
+        if self.metric == "cosine":
+            normalized: Tensor = torch.ops.deeprec.normalize_rows(items, name)
+            return normalized
+        bad = (~torch.isfinite(_norms(items, None))).nonzero()
+        if len(bad):
+            raise ValueError(
+                f"{name}: row {int(bad[0])} holds NaN or infinity; every row must be finite"
+            )
+        return items.clone() if copy else items
+
+    def _wants_codes(self) -> bool:
+        return (
+            self.prefilter == "auto"
+            and self._items.device.type == "cpu"
+            and len(self) >= MIN_CODED_ROWS
+            and self.dim <= MAX_CODED_DIM
+        )
+
+    def _build(self) -> None:
+        norms = _norms(self._items, None)
+        center = _center(self._items, norms)
+        if center is not None:
+            norms = _norms(self._items, center)
+        blocks, quads, block_rows = _C.topk_code_shape(len(self), self.dim)
+        self._table = [
+            torch.empty(blocks, quads, block_rows, 4, dtype=torch.uint8),
+            torch.empty(blocks, 3),
+            _order(norms),
+            torch.empty(0, dtype=torch.float64) if center is None else center,
+        ]
+        self._encode(torch.arange(blocks))
+
+    def _encode(self, blocks: Tensor) -> None:
+        _C.topk_encode_blocks(
+            item_rows(self._items),
+            prefilter_view(self._table),
+            blocks.data_ptr(),
+            len(blocks),
+            torch.get_num_threads(),
+        )
+
+    def _state(self) -> dict[str, Tensor]:
+        state = {"items": self._items}
+        if self._table is not None:
+            state |= zip(("codes", "bounds", "order", "center"), self._table, strict=True)
+        return state
+
+
+def _block_rows(items: Tensor) -> int:
+    return int(_C.topk_code_shape(*items.shape)[2])
+
+
+def _norms(items: Tensor, center: Tensor | None) -> Tensor:
+    """float64 ``[N]``, |row − center|."""
+    if items.device.type != "cpu":
+        return items.double().norm(dim=1)
+    norms = torch.empty(len(items), dtype=torch.float64)
+    _C.topk_row_norms(
+        item_rows(items),
+        0 if center is None else center.data_ptr(),
+        norms.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return norms
+
+
+def _center(items: Tensor, norms: Tensor) -> Tensor | None:
+    """The common part of the rows, float64 ``[D]``, if taking it out shortens them enough."""
+    usual = norms <= OUTLIER * norms.median()
+    total = torch.zeros(items.shape[1], dtype=torch.float64)
+    for start in range(0, len(items), CHUNK):
+        rows = items[start : start + CHUNK].float()
+        total += (usual[start : start + CHUNK].float() @ rows).double()
+    center = total / usual.sum()
+    if not bool(torch.isfinite(center).all()):
+        return None
+    gained = _norms(items, center)[usual].mean() < CENTER_GAIN * norms[usual].mean()
+    return center if bool(gained) else None
+
+
+def _order(norms: Tensor) -> Tensor:
+    """Item at each position, by descending class of norm; empty if that is the given order."""
+    classes = (norms.clamp(min=1e-300).log2() * NORM_CLASSES).floor().to(torch.int16)
+    if bool((classes.diff() <= 0).all()):
+        return torch.empty(0, dtype=torch.int32)
+    return classes.argsort(descending=True, stable=True).to(torch.int32)

@@ -1,0 +1,107 @@
+"""One configuration for a whole run: the same names in code, YAML and on the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from deeprec.data import DataConfig
+from deeprec.policy.model import TitlePolicyConfig
+from deeprec.policy.pretrain import PretrainConfig
+from deeprec.policy.warmstart import WarmStartConfig
+from deeprec.rewards.config import ListwiseReward
+from deeprec.rl.config import RLConfig, StageConfig
+from deeprec.rollout.environment import EnvironmentOptions
+from deeprec.rollout.types import SamplingConfig
+from deeprec.text import EncoderConfig
+from deeprec.trm import TRMTrainConfig
+
+__all__ = ["EnvironmentConfig", "EvalConfig", "PolicyConfig", "RewardSection", "RunConfig"]
+
+
+@dataclass
+class PolicyConfig:
+    """The language model.
+
+    Args:
+        model: None builds the small title-token policy from scratch; a Hugging Face name or path,
+            or ``smollm2`` for the packaged SmolLM2-135M-Instruct, takes that model as it is.
+        title: shape of the policy built from scratch.
+        pretrain: its next-item pre-training.
+        warm_start: its supervised warm start.
+        dtype: of the copy that generates; the trained weights stay in fp32.
+    """
+
+    model: str | None = None
+    title: TitlePolicyConfig = field(default_factory=TitlePolicyConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    dtype: Literal["fp32", "bf16"] = "fp32"
+
+
+@dataclass
+class EnvironmentConfig:
+    """The tool: how many items a call returns, how many calls a conversation may make."""
+
+    k: int = 20
+    max_calls: int = 8
+    options: EnvironmentOptions = field(default_factory=EnvironmentOptions)
+
+
+@dataclass
+class RewardSection:
+    """What a run may change of the rewards (see :class:`deeprec.rewards.RewardConfig`)."""
+
+    listwise: ListwiseReward = "hit"
+    pointwise_scale: float = 10.0
+
+
+@dataclass
+class EvalConfig:
+    """Evaluation on the test items.
+
+    Args:
+        users: size of the fixed sample on which the policies are compared; the TRM and the final
+            policy are evaluated on all users as well.
+        all_users: whether to do the latter.
+        exclude_history: items of the history are never recommended.
+        ablations: evaluate the final policy with its preferences emptied, those of other users in
+            their place, and a single turn.
+        conversations: how many of each policy are written to ``trajectories.jsonl``.
+    """
+
+    users: int = 1500
+    all_users: bool = True
+    exclude_history: bool = True
+    ablations: bool = True
+    conversations: int = 20
+
+
+@dataclass
+class RunConfig:
+    """A whole run: data, recommender, policy, the stages of reinforcement learning, evaluation.
+
+    Args:
+        name: of the run; its folder is ``runs/NAME`` unless ``out`` says otherwise.
+        out: run folder.
+        seed: of everything random.
+        threads: torch threads; None leaves torch's default.
+        max_rank: train on users whose target is among the TRM's first so many.
+        stages: of reinforcement learning, in order; each has users of its own.
+    """
+
+    name: str = "default"
+    out: str | None = None
+    seed: int = 0
+    threads: int | None = None
+    data: DataConfig = field(default_factory=DataConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    trm: TRMTrainConfig = field(default_factory=TRMTrainConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    rewards: RewardSection = field(default_factory=RewardSection)
+    rl: RLConfig = field(default_factory=RLConfig)
+    max_rank: int = 100
+    stages: list[StageConfig] = field(default_factory=StageConfig.paper)
+    eval: EvalConfig = field(default_factory=EvalConfig)

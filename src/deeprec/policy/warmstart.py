@@ -1,0 +1,320 @@
+"""Supervised warm start: conversations written from the policy's own next-item beliefs.
+
+After pre-training the policy knows which titles may come next, and nothing of the protocol. Here
+it reads conversations that use the protocol: preferences name titles it believes in, with their
+categories and years; the recommender really answers; the list ranks what was found. Where a title
+is due, the target is the whole distribution of the policy before the warm start, restricted to
+the titles that may stand there (distillation), so that nothing of what it knew is lost.
+No held-out item is looked at: the targets are beliefs, not what the user did.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from rich.progress import track
+from transformers import Qwen2ForCausalLM
+
+from deeprec.data import Catalog, Dataset, Requests
+from deeprec.ops import linear_logprobs
+from deeprec.policy.pretrain import next_item_logits, padded
+from deeprec.policy.prompts import TitlePrompt
+from deeprec.policy.tokenizer import ASK, LIKE, PHRASE_SEPARATOR, RANK, number_token
+from deeprec.rollout import RetrievalEnvironment, ToolCall, protocol
+from deeprec.trm.examples import WrittenPreference
+
+__all__ = ["WarmStartConfig", "preference_from_titles", "warm_start", "written_preferences"]
+
+IGNORE = -100  # label of a token that is not learnt
+
+
+@dataclass
+class WarmStartConfig:
+    """Supervised warm start.
+
+    Args:
+        conversations: how many are written and read, once.
+        learning_rate: peak; linear warm-up over 5% of the updates, linear decay to a tenth.
+        tokens_per_batch: padded tokens of one update.
+        max_turns: conversations have 1 to this many tool calls, so that asking often is left to
+            reinforcement learning.
+        titles: titles a preference names.
+        temperature: of the beliefs these are drawn from.
+        knowledge: "own" teaches the policy's own beliefs; "none" draws titles and lists at
+            random, which teaches the format alone.
+    """
+
+    conversations: int = 6000
+    learning_rate: float = 5e-4
+    tokens_per_batch: int = 8192
+    max_turns: int = 3
+    titles: int = 2
+    temperature: float = 1.0
+    knowledge: Literal["own", "none"] = "own"
+
+
+@dataclass
+class _Conversation:
+    """Token ids with labels, and the places where a title is due."""
+
+    ids: list[int]
+    labels: list[int] = field(default_factory=list)
+    retrieved: list[int] = field(default_factory=list)
+    titles: list[_TitleDue] = field(default_factory=list)
+
+    def policy(self, ids: list[int]) -> None:
+        """Append what the policy is to write."""
+        self.ids += ids
+        self.labels += ids
+
+    def unlearnt(self, ids: list[int]) -> None:
+        """Append what the policy only reads."""
+        self.ids += ids
+        self.labels += [IGNORE] * len(ids)
+
+
+@dataclass
+class _TitleDue:
+    """The title at ``position`` may be any of ``among`` (None: any) but those in ``without``."""
+
+    position: int
+    among: npt.NDArray[np.int64] | None
+    without: npt.NDArray[np.int64]
+
+
+def preference_from_titles(
+    catalog: Catalog, items: npt.NDArray[np.int64], rng: random.Random
+) -> str:
+    """A preference that names ``items`` and some of their categories and years.
+
+    For example ``Drama; Sci-Fi; 2013; like Gravity (2013); like Elysium (2013)``.
+    """
+    categories = list(dict.fromkeys(c for item in items for c in catalog.categories[item - 1]))
+    phrases = rng.sample(categories, min(len(categories), rng.randint(1, 2)))
+    years = [year for year in (catalog.year(int(item)) for item in items) if year is not None]
+    if years and rng.random() < 0.5:
+        phrases.append(str(rng.choice(years)))
+    phrases += [LIKE + catalog.title(int(item)) for item in items]
+    return PHRASE_SEPARATOR.join(phrases)
+
+
+def written_preferences(
+    model: Qwen2ForCausalLM,
+    prompts: TitlePrompt,
+    dataset: Dataset,
+    config: WarmStartConfig,
+    seed: int,
+) -> list[WrittenPreference]:
+    """The first preference a policy would write before every item but each user's first and test.
+
+    The validation target is left out too. A recommender trained on them learns what such
+    preferences are worth.
+    """
+    draws, words = np.random.default_rng(seed), random.Random(seed)
+    starts, ends = dataset.offsets[:-1] + 1, dataset.offsets[1:] - 2
+    rows = np.concatenate([np.arange(a, b) for a, b in zip(starts, ends, strict=True)])
+    written = []
+    chunk = 2048
+    for start in track(range(0, len(rows), chunk), "Writing preferences"):
+        requests = dataset.requests_at(rows[start : start + chunk])
+        scores = next_item_logits(model, prompts, requests).numpy()
+        scores = scores / config.temperature + draws.gumbel(size=scores.shape)
+        named = np.argpartition(-scores, config.titles, axis=1)[:, : config.titles]
+        for user, row, items in zip(requests.users, rows[start : start + chunk], named, strict=True):
+            text = preference_from_titles(dataset.catalog, items, words)
+            written.append(WrittenPreference(int(user), int(row - dataset.offsets[user]), text))
+    return written
+
+
+class _Writer:
+    """Writes conversations for a chunk of requests, one turn of all at a time."""
+
+    def __init__(
+        self, prompts: TitlePrompt, env: RetrievalEnvironment, config: WarmStartConfig, seed: int
+    ) -> None:
+        self.env, self.config = env, config
+        self.prompts = prompts
+        self.titles = prompts.tokens.titles
+        self.draws = np.random.default_rng(seed)
+        self.words = random.Random(seed)
+        self._encoded: dict[str, list[int]] = {}
+
+    def encode(self, text: str) -> list[int]:
+        ids = self._encoded.get(text)
+        if ids is None:
+            ids = self.prompts.tokens.tokenizer.encode(text, add_special_tokens=False)
+            self._encoded[text] = ids
+        return list(ids)
+
+    def write(
+        self, requests: Requests, beliefs: npt.NDArray[np.float32]
+    ) -> list[_Conversation]:
+        """One conversation a request; ``beliefs`` [B, n_items + 1] are logits of the next title."""
+        talks = []
+        for row in range(len(requests)):
+            talk = _Conversation([])
+            talk.unlearnt(self.prompts.build(requests, row))
+            talks.append(talk)
+        turns = self.draws.integers(1, self.config.max_turns + 1, len(requests))
+        for turn in range(self.config.max_turns):
+            self._turn(turn, requests, beliefs, talks, np.flatnonzero(turns > turn))
+        for row, talk in enumerate(talks):
+            self._finish(talk, beliefs[row])
+        return talks
+
+    def _turn(
+        self,
+        turn: int,
+        requests: Requests,
+        beliefs: npt.NDArray[np.float32],
+        talks: list[_Conversation],
+        rows: npt.NDArray[np.int64],
+    ) -> None:
+        calls = []
+        for row in rows.tolist():
+            talk = talks[row]
+            scores = beliefs[row].copy()
+            scores[talk.retrieved] = -np.inf
+            named = self._draw(scores, self.config.titles)
+            preference = preference_from_titles(self.env.catalog, named, self.words)
+            seen = requests.history[row]
+            talk.policy(self.encode(ASK) + self.encode(protocol.PREFERENCE_OPEN))
+            start = len(talk.ids)
+            talk.policy(self.encode(preference))
+            for n, item in enumerate(named):
+                position = talk.ids.index(int(self.titles[item]), start)
+                without = np.concatenate([seen, talk.retrieved, named[:n]]).astype(np.int64)
+                talk.titles.append(_TitleDue(position, None, without))
+            talk.policy(self.encode(protocol.PREFERENCE_CLOSE))
+            calls.append(ToolCall(row, turn, preference, tuple(talk.retrieved)))
+        for call, answer in zip(calls, self.env.observe(requests, calls), strict=True):
+            talks[call.row].unlearnt(self.encode(answer.text))
+            talks[call.row].retrieved += answer.items
+
+    def _finish(self, talk: _Conversation, beliefs: npt.NDArray[np.float32]) -> None:
+        """Close the reasoning and list what was found."""
+        found = np.array(talk.retrieved, dtype=np.int64)
+        order = found[np.argsort(-beliefs[found], kind="stable")]
+        if self.config.knowledge == "none":
+            order = self.draws.permutation(found)
+        talk.policy(
+            self.encode(f"{RANK}\n{protocol.THINK_CLOSE}\n") + self.encode(protocol.LIST_OPEN)
+        )
+        for line, item in enumerate(order[: protocol.LIST_LENGTH]):
+            talk.unlearnt(self.encode(number_token(line + 1)))
+            talk.titles.append(_TitleDue(len(talk.ids), found, order[:line]))
+            talk.unlearnt([int(self.titles[item])])
+        talk.policy(self.encode("\n") + self.encode(protocol.LIST_CLOSE))
+
+    def _draw(self, scores: npt.NDArray[np.float32], n: int) -> npt.NDArray[np.int64]:
+        """``n`` different items, drawn from the softmax of ``scores`` (Gumbel top-k)."""
+        noise = self.draws.gumbel(size=scores.shape)
+        if self.config.knowledge == "none":
+            scores = np.where(np.isfinite(scores), np.float32(0), scores)
+        return np.argsort(-(scores / self.config.temperature + noise), kind="stable")[:n]
+
+
+def _batches(
+    talks: list[_Conversation], tokens: int, rng: np.random.Generator
+) -> Iterator[npt.NDArray[np.int64]]:
+    """Conversations of like length together, at most ``tokens`` padded tokens a batch."""
+    lengths = np.array([len(talk.ids) for talk in talks])
+    order = np.argsort(lengths + 16 * rng.random(len(talks)))
+    batches, start = [], 0
+    for end in range(1, len(order) + 1):
+        if end == len(order) or (end + 1 - start) * lengths[order[start : end + 1]].max() > tokens:
+            batches.append(order[start:end])
+            start = end
+    rng.shuffle(batches)  # type: ignore[arg-type]
+    yield from batches
+
+
+def _loss(
+    model: Qwen2ForCausalLM,
+    talks: list[_Conversation],
+    beliefs: npt.NDArray[np.float32],
+    titles: torch.Tensor,
+    pad: int,
+) -> torch.Tensor:
+    """Cross entropy of the policy's tokens, plus that of titles against the beliefs."""
+    ids = padded([np.array(talk.ids) for talk in talks], pad)
+    labels = padded([np.array(talk.labels) for talk in talks], IGNORE)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model.model(ids, use_cache=False).last_hidden_state[:, :-1].float()
+    weight = model.get_output_embeddings().weight
+    learnt = labels[:, 1:] != IGNORE
+    hard = -linear_logprobs(hidden[learnt], weight, labels[:, 1:][learnt])
+
+    places = [(row, due) for row, talk in enumerate(talks) for due in talk.titles]
+    rows = [row for row, _ in places]
+    positions = [due.position - 1 for _, due in places]
+    open_ = np.ones((len(places), len(titles)), dtype=bool)
+    for place, (_, due) in enumerate(places):
+        if due.among is not None:
+            open_[place] = False
+            open_[place, due.among] = True
+        open_[place, due.without] = False
+    open_[:, 0] = False
+    closed = torch.from_numpy(~open_)
+    target = torch.from_numpy(beliefs[rows]).masked_fill_(closed, -torch.inf).softmax(-1)
+    scores = (hidden[rows, positions] @ weight[titles].T).masked_fill(closed, -torch.inf)
+    soft = -(target * F.log_softmax(scores, -1).masked_fill(closed, 0.0)).sum(-1)
+    return (hard.sum() + soft.sum()) / (len(hard) + len(soft))
+
+
+def warm_start(
+    model: Qwen2ForCausalLM,
+    prompts: TitlePrompt,
+    env: RetrievalEnvironment,
+    dataset: Dataset,
+    config: WarmStartConfig,
+    seed: int,
+) -> list[float]:
+    """Train ``model`` in place on conversations written from its own beliefs; losses per update.
+
+    ``env`` answers the preferences; its recommender must not have seen the RL targets.
+    """
+    rng = np.random.default_rng(seed)
+    offsets, *_ = dataset.train()
+    users = np.flatnonzero(np.diff(offsets) > 1)
+    users = users[rng.integers(0, len(users), config.conversations)]
+    positions = 1 + (rng.random(len(users)) * (np.diff(offsets)[users] - 1)).astype(np.int64)
+    requests = dataset.requests_at(dataset.offsets[users] + positions)
+    beliefs = next_item_logits(model, prompts, requests).numpy()
+
+    writer = _Writer(prompts, env, config, seed)
+    talks: list[_Conversation] = []
+    chunk = 512
+    for start in track(range(0, len(requests), chunk), "Writing warm-start conversations"):
+        rows = slice(start, start + chunk)
+        talks += writer.write(requests[rows], beliefs[rows])
+    if config.knowledge == "none":
+        beliefs = np.where(np.isfinite(beliefs), np.float32(0), beliefs)
+
+    titles = torch.from_numpy(prompts.tokens.titles)
+    pad = int(prompts.tokens.tokenizer.pad_token_id)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0
+    )
+    batches = list(_batches(talks, config.tokens_per_batch, rng))
+    losses = []
+    model.train()
+    for i, rows in enumerate(track(batches, "Warm start")):
+        progress = i / len(batches)
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * min(progress / 0.05 + 0.02, 1.0 - 0.9 * progress)
+        loss = _loss(model, [talks[row] for row in rows], beliefs[rows], titles, pad)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    model.eval()
+    return losses

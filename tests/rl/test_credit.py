@@ -1,0 +1,101 @@
+"""Which token answers for which reward."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from deeprec.rl.credit import list_item_credit, sequence_credit
+
+TARGET = 7
+# tokens: a preference (0, 1), the tool (2), text (3), then one title a token from 4 on
+MASK = [1, 1, 0, 1, 1, 1, 1]
+
+
+@pytest.fixture
+def listing(make_trajectory: Callable, make_rewards: Callable) -> Callable:
+    def make(ranked: list[int], *, form: float = 0.0, retrieved: tuple = (5, 6, 7, 8)) -> object:
+        gain = 2.0 if TARGET in ranked and form == 0 else 0.0
+        made = make_trajectory(response=7, mask=MASK, ranked=ranked, list_positions=[4, 5, 6])
+        made.turns[0].retrieved = list(retrieved)
+        made.rewards = make_rewards(total=form + gain, format=form, listwise=gain)
+        return made
+
+    return make
+
+
+def gains(trajectory: object) -> list[float]:
+    return [
+        2.0 if item == TARGET and trajectory.rewards.format == 0 else 0.0  # type: ignore[attr-defined]
+        for item in trajectory.ranked  # type: ignore[attr-defined]
+    ]
+
+
+def credit_of(trajectories: list) -> object:
+    groups = np.zeros(len(trajectories), dtype=np.int64)
+    return list_item_credit(trajectories, [gains(t) for t in trajectories], groups)
+
+
+def test_sequence_credit_is_the_total_for_every_policy_token(listing: Callable) -> None:
+    credit = sequence_credit([listing([7, 5, 6]), listing([5, 6, 8])])
+    assert credit.returns.tolist() == [[2.0], [0.0]]
+    assert credit.tokens.tolist() == [[6], [6]]
+    assert credit.spread(np.array([[1.5], [-1.5]]), 0).tolist() == [1.5] * 6
+
+
+def test_tokens_are_cut_at_the_titles(listing: Callable) -> None:
+    credit = credit_of([listing([7, 5, 6])])
+    assert credit.segments[0].tolist() == [0, 0, -1, 0, 1, 2, 3]
+    assert credit.tokens.tolist() == [[3, 1, 1, 1]]
+    spread = credit.spread(np.array([[10.0, 1.0, 2.0, 3.0]]), 0)
+    assert spread.tolist() == [10.0, 10.0, 10.0, 1.0, 2.0, 3.0]
+
+
+def test_a_title_answers_for_what_follows_it(listing: Callable) -> None:
+    first, second, never = listing([7, 5, 6]), listing([5, 7, 6]), listing([5, 6, 8])
+    credit = credit_of([first, second, never])
+    # position 1: all open, returns to go 2, 2, 0
+    np.testing.assert_allclose(credit.returns[:, 1], [2 / 3, 2 / 3, -4 / 3])
+    # position 2: settled for the first list, 2 and 0 for the others
+    np.testing.assert_allclose(credit.returns[:, 2], [0, 1, -1])
+    # position 3: only the last list is still open, so there is nothing to compare it with
+    np.testing.assert_allclose(credit.returns[:, 3], [0, 0, 0])
+    assert credit.returns[:, 0].tolist() == [2, 2, 0]
+
+
+def test_a_list_that_never_had_the_target_is_no_baseline(listing: Callable) -> None:
+    hit, miss = listing([7, 5, 6]), listing([5, 6, 8])
+    hopeless = [listing([5, 6, 8], retrieved=(5, 6, 8)) for _ in range(6)]
+    credit = credit_of([hit, miss, *hopeless])
+    np.testing.assert_allclose(credit.returns[:2, 1], [1, -1])
+    assert (credit.returns[2:, 1:] == 0).all()
+
+
+def test_a_broken_format_is_charged_to_the_list_too(listing: Callable) -> None:
+    credit = credit_of([listing([5, 6, 8]), listing([7, 7, 7], form=-1.0)])
+    assert credit.returns[1].tolist() == [-1, -1, -1, -1]
+    assert credit.returns[0].tolist() == [0, 0, 0, 0]
+
+
+def test_dense_gains_are_never_settled(listing: Callable) -> None:
+    lists = [listing([7, 5, 6]), listing([7, 6, 5])]
+    credit = list_item_credit(lists, [[2.0, 1.0, 0.5], [2.0, 0.5, 0.5]], np.zeros(2, dtype=int))
+    np.testing.assert_allclose(credit.returns[:, 2], [0.25, -0.25])
+
+
+def test_lists_of_different_lengths_and_none(listing: Callable) -> None:
+    empty = listing([])
+    empty.list_positions = []
+    credit = list_item_credit(
+        [listing([5, 7, 6]), empty], [[0.0, 2.0, 0.0], []], np.zeros(2, dtype=int)
+    )
+    assert credit.tokens.tolist() == [[3, 1, 1, 1], [6, 0, 0, 0]]
+
+
+def test_refused(listing: Callable) -> None:
+    made = listing([7, 5, 6])
+    with pytest.raises(ValueError, match=r"gains\[0\]: expected one per listed title, 3, got 1"):
+        list_item_credit([made], [[1.0]], np.zeros(1, dtype=int))
+    made.rewards = None
+    with pytest.raises(ValueError, match="has no rewards"):
+        sequence_credit([made])
