@@ -59,7 +59,9 @@ def _info() -> None:
 
     from deeprec import _C, backends
 
-    print(f"deeprec {__version__}, torch {torch.__version__}, transformers {transformers.__version__}")
+    print(
+        f"deeprec {__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
+    )
     print(f"instruction set {backends.isa()} of {', '.join(_C.available_isas())}")
     print(f"threads {torch.get_num_threads()}, CUDA devices {torch.cuda.device_count()}")
     for op, names in backends.available().items():

@@ -173,9 +173,7 @@ def _all_users(parts: Parts, everyone: Requests, last: str) -> dict[str, Any]:
     return build_results(systems, [(final, "trm")], seed=parts.config.seed)
 
 
-def _records(
-    parts: Parts, trajectories: Sequence[Trajectory], system: str
-) -> list[dict[str, Any]]:
+def _records(parts: Parts, trajectories: Sequence[Trajectory], system: str) -> list[dict[str, Any]]:
     """The first conversations of a system as they are written to ``trajectories.jsonl``."""
     chosen = trajectories[: parts.config.eval.conversations]
     model = parts.reward_model("rec")

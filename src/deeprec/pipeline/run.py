@@ -24,6 +24,7 @@ from deeprec.pipeline.stages import (
     stage_requests,
     train_recommenders,
 )
+from deeprec.pipeline.summary import facts, notes
 
 __all__ = ["Run", "RunFolderError"]
 
@@ -99,11 +100,18 @@ class Run:
     def evaluate(self) -> None:
         """Evaluate what was trained, and write table and report."""
         heading("Evaluating the baselines")
-        print_results(evaluate_run(self.parts))
+        results = evaluate_run(self.parts)
+        print_results(results)
         seconds = time.perf_counter() - self._started
         ops = backends.op_table()
         print_ops(ops, seconds)
-        path = write_report(self.folder.root, ops=ops, seconds=seconds)
+        path = write_report(
+            self.folder.root,
+            facts=facts(self.parts),
+            notes=notes(results, [stage.name for stage in self.config.stages]),
+            ops=ops,
+            seconds=seconds,
+        )
         heading(f"Done: {path}")
 
     def everything(self) -> None:

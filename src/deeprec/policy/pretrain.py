@@ -176,9 +176,7 @@ def _validation_ndcg(model: Qwen2ForCausalLM, prompts: TitlePrompt, requests: Re
     return float(evaluate_ranking(top, requests.targets).values["ndcg@10"].mean())
 
 
-def _loss(
-    model: Qwen2ForCausalLM, batch: torch.Tensor, pad: int
-) -> torch.Tensor:
+def _loss(model: Qwen2ForCausalLM, batch: torch.Tensor, pad: int) -> torch.Tensor:
     """Mean cross entropy of the titles in ``batch`` [B, 2n] given everything before each."""
     with torch.autocast("cpu", torch.bfloat16):
         hidden = model.model(batch, use_cache=False).last_hidden_state
@@ -225,7 +223,9 @@ def pretrain(
             ):
                 progress = (epoch + i / len(batches)) / config.epochs
                 warm_up = min(1.0, (epoch * len(batches) + i + 1) / 50)
-                rate = config.learning_rate * warm_up * (0.525 + 0.475 * math.cos(math.pi * progress))
+                rate = (
+                    config.learning_rate * warm_up * (0.525 + 0.475 * math.cos(math.pi * progress))
+                )
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 loss = _loss(model, padded(rows, pad), pad)

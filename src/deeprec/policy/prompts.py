@@ -62,8 +62,6 @@ class TitlePrompt:
     def build(self, requests: Requests, row: int) -> list[int]:
         """Token ids of the prompt of one request."""
         n = int(requests.lengths[row])
-        history = self.tokens.dated(
-            requests.history[row, :n], requests.history_timestamps[row, :n]
-        )
+        history = self.tokens.dated(requests.history[row, :n], requests.history_timestamps[row, :n])
         date = self.tokens.week(int(requests.timestamps[row]))
         return [*self.start, *history.tolist(), date, *self._end]

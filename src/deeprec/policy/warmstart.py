@@ -60,7 +60,7 @@ class WarmStartConfig:
             random, which teaches the format alone.
     """
 
-    conversations: int = 6000
+    conversations: int = 8000
     learning_rate: float = 1e-3
     tokens_per_batch: int = 2048
     max_turns: int = 3
@@ -160,9 +160,7 @@ class _Writer:
             self._encoded[text] = ids
         return list(ids)
 
-    def write(
-        self, requests: Requests, beliefs: npt.NDArray[np.float32]
-    ) -> list[_Conversation]:
+    def write(self, requests: Requests, beliefs: npt.NDArray[np.float32]) -> list[_Conversation]:
         """One conversation a request; ``beliefs`` [B, n_items + 1] are logits of the next title."""
         talks = []
         for row in range(len(requests)):
