@@ -136,8 +136,11 @@ inline Vec operator-(Vec a, Vec b) {
 inline Vec operator*(Vec a, Vec b) {
   return each([&](int i) { return a.v[i] * b.v[i]; });
 }
-inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }  // rounds twice: no fused unit
-inline Vec fms(Vec a, Vec b, Vec c) { return a * b - c; }
+inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }  // rounds twice, which is faster
+// One rounding, as fused units do: exp takes the fraction off a product with it.
+inline Vec fms(Vec a, Vec b, Vec c) {
+  return each([&](int i) { return float(double(a.v[i]) * double(b.v[i]) - double(c.v[i])); });
+}
 inline Vec max(Vec a, Vec b) {
   return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
 }

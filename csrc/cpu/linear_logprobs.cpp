@@ -9,12 +9,13 @@ namespace deeprec {
 
 extern const LinearKernels kLinear_scalar;
 #if defined(__x86_64__)
-extern const LinearKernels kLinear_avx2, kLinear_avx512, kLinear_avx512_vnni, kLinear_amx;
+extern const LinearKernels kLinear_avx2, kLinear_avx512, kLinear_avx512_vnni, kLinear_amx,
+    kLinearFloat_amx;
 #endif
 
 namespace {
 
-// The float kernels take any dtype; the bf16 ones need bf16 on both sides, and are exact on them.
+// The float kernels take any dtype; the bf16 ones need bf16 on both sides.
 const LinearKernels& kernels(const LinearProblem& p) {
 #if defined(__x86_64__)
   const Isa isa = active_isa();
@@ -22,6 +23,7 @@ const LinearKernels& kernels(const LinearProblem& p) {
     if (isa >= Isa::amx) return kLinear_amx;
     if (isa >= Isa::avx512_vnni) return kLinear_avx512_vnni;
   }
+  if (isa >= Isa::amx) return kLinearFloat_amx;
   if (isa >= Isa::avx512) return kLinear_avx512;
   if (isa >= Isa::avx2) return kLinear_avx2;
 #endif

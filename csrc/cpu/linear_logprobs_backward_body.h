@@ -122,7 +122,7 @@ class FullBackward {
         line_(p.threads * depth_ * kSide * int64_t(sizeof(float))) {}
 
   void run() {
-    pack_panels(p_, rows_, count_, elements(token_lanes_));
+    pack_panels(p_, rows_, count_, packed(token_lanes_));
 #pragma omp parallel num_threads(p_.threads)
     {
       [[maybe_unused]] const MultiplyScope scope;
@@ -135,10 +135,10 @@ class FullBackward {
   }
 
  private:
-  static constexpr int64_t kBytes = kBlockSize * int64_t(sizeof(Element));
+  static constexpr int64_t kBytes = sizeof(Packed);
   static constexpr int64_t kFloatBytes = kBlockSize * int64_t(sizeof(float));
 
-  static Element* elements(const Scratch& memory) { return static_cast<Element*>(memory.get()); }
+  static Packed* packed(const Scratch& memory) { return static_cast<Packed*>(memory.get()); }
   static float* floats(const Scratch& memory) { return static_cast<float*>(memory.get()); }
   float* line() const { return floats(line_) + omp_get_thread_num() * depth_ * kSide; }
 
@@ -149,7 +149,7 @@ class FullBackward {
     if (count_) {
 #pragma omp for schedule(static)
       for (int64_t block = 0; block < blocks; ++block) {
-        pack_slice(p_.weight, first, block, elements(slice_));
+        pack_slice(p_.weight, first, block, packed(slice_));
         if (to_hidden_) pack_turned_slice(first, block);
       }
     }
@@ -180,7 +180,7 @@ class FullBackward {
       for (int64_t h = 0; h < depth_; ++h) {
         alignas(64) Tile tile;
         load_listed(p_.hidden, rows_ + panel * kSide, count_ - panel * kSide, h, tile);
-        pack_b(tile, elements(depth_lanes_) + (h * panels_ + panel) * kBlockSize);
+        pack_b(tile, packed(depth_lanes_)[h * panels_ + panel]);
       }
   }
 
@@ -208,45 +208,47 @@ class FullBackward {
       alignas(64) Tile tile, turned;
       load_tile(p_.weight, first + block * kSide, h, tile);
       transpose(tile, turned);
-      pack_a(turned, elements(turned_slice_) + (h * kSliceBlocks + block) * kBlockSize);
+      pack_a(turned, packed(turned_slice_)[h * kSliceBlocks + block]);
     }
   }
 
   // D of one panel, and its part of the hidden gradient.
   void logit_phase(int64_t first, int64_t n, int64_t chunk, int64_t panel) {
     alignas(64) float z[kSlice * kSide];
-    alignas(64) Element lanes[kSlice * kSide];
+    Packed lanes[kSliceBlocks];
     const int64_t done = panel * kSide, blocks = blocks_of(n);
-    slice_logits(p_, first, n, elements(slice_),
-                 elements(token_lanes_) + panel * depth_ * kBlockSize, z);
+    slice_logits(p_, first, n, packed(slice_), packed(token_lanes_) + panel * depth_, z);
     const PanelGradient gradient(p_, io_, rows_ + done, count_ - done);
     gradient.apply(z, first, n, ScaledExp(p_.temperature));
     for (int64_t block = 0; block < blocks; ++block) {
-      const float* tile = z + block * kBlockSize;
-      if (to_hidden_) pack_b(tile, lanes + block * kBlockSize);
+      float* tile = z + block * kBlockSize;
+      if (to_hidden_) {
+        alignas(64) Tile copy;
+        std::memcpy(copy, tile, sizeof copy);
+        pack_b(copy, lanes[block]);
+      }
       if (keeps_gradients_)
-        pack_a(tile, elements(gradients_) + ((panel - chunk) * kSliceBlocks + block) * kBlockSize);
+        pack_a(tile, packed(gradients_)[(panel - chunk) * kSliceBlocks + block]);
     }
     if (!to_hidden_) return;
     for (int64_t h = 0; h < depth_; ++h)
-      multiply({elements(turned_slice_) + h * kSliceBlocks * kBlockSize, kBlockSize},
-               {lanes, kBlockSize}, blocks,
+      multiply({packed(turned_slice_) + h * kSliceBlocks, 1}, {lanes, 1}, blocks,
                floats(hidden_) + (panel * depth_ + h) * kBlockSize, true);
   }
 
   // One block of the weight gradient, over the panels of a chunk.
   void weight_phase(int64_t h, int64_t block, int64_t chunk, int64_t end) {
-    multiply({elements(gradients_) + block * kBlockSize, kSliceBlocks * kBlockSize},
-             {elements(depth_lanes_) + (h * panels_ + chunk) * kBlockSize, kBlockSize},
-             end - chunk, floats(weight_) + (h * kSliceBlocks + block) * kBlockSize, chunk > 0);
+    multiply({packed(gradients_) + block, kSliceBlocks},
+             {packed(depth_lanes_) + h * panels_ + chunk, 1}, end - chunk,
+             floats(weight_) + (h * kSliceBlocks + block) * kBlockSize, chunk > 0);
   }
 
   void bias_phase(int64_t first, int64_t r, int64_t chunk, int64_t end) {
-    const Element* row = elements(gradients_) + r * kSide;
-    Vec total = set1(0.f);
-    for (int64_t panel = chunk; panel < end; ++panel, row += kSliceBlocks * kBlockSize)
-      for (int c = 0; c < kSide; c += Vec::width) total = total + load(row + c);
-    io_.grad_bias[first + r] += sum(total);
+    const Packed* block = packed(gradients_) + r / kSide;
+    float total = 0;
+    for (int64_t panel = chunk; panel < end; ++panel, block += kSliceBlocks)
+      total += sum_of_row(*block, int(r % kSide));
+    io_.grad_bias[first + r] += total;
   }
 
   // Adds what the restricted rows give this token and writes its gradients out.

@@ -65,17 +65,17 @@ inline void load_listed(const Matrix& m, const int64_t* rows, int64_t count, int
 }
 
 // A slice of the head as A blocks [slice block][H block].
-inline void pack_slice(const Matrix& weight, int64_t first, int64_t block, Element* out) {
+inline void pack_slice(const Matrix& weight, int64_t first, int64_t block, Packed* out) {
   const int64_t depth = blocks_of(weight.columns);
   for (int64_t h = 0; h < depth; ++h) {
     alignas(64) Tile tile;
     load_tile(weight, first + block * kSide, h, tile);
-    pack_a(tile, out + (block * depth + h) * kBlockSize);
+    pack_a(tile, out[block * depth + h]);
   }
 }
 
 // Hidden states as B blocks [panel][H block], k = H and one lane a token.
-inline void pack_panels(const LinearProblem& p, const int64_t* rows, int64_t count, Element* out) {
+inline void pack_panels(const LinearProblem& p, const int64_t* rows, int64_t count, Packed* out) {
   const int64_t panels = blocks_of(count), depth = blocks_of(p.hidden.columns);
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t panel = 0; panel < panels; ++panel) {
@@ -84,18 +84,17 @@ inline void pack_panels(const LinearProblem& p, const int64_t* rows, int64_t cou
       alignas(64) Tile tile, turned;
       load_listed(p.hidden, rows + first, count - first, h, tile);
       transpose(tile, turned);
-      pack_b(turned, out + (panel * depth + h) * kBlockSize);
+      pack_b(turned, out[panel * depth + h]);
     }
   }
 }
 
 // Logits of one slice and one panel, [rows][32 tokens], the bias included.
-inline void slice_logits(const LinearProblem& p, int64_t first, int64_t rows, const Element* slice,
-                         const Element* panel, float* z) {
+inline void slice_logits(const LinearProblem& p, int64_t first, int64_t rows, const Packed* slice,
+                         const Packed* panel, float* z) {
   const int64_t depth = blocks_of(p.weight.columns);
   for (int64_t block = 0; block * kSide < rows; ++block)
-    multiply({slice + block * depth * kBlockSize, kBlockSize}, {panel, kBlockSize}, depth,
-             z + block * kBlockSize, false);
+    multiply({slice + block * depth, 1}, {panel, 1}, depth, z + block * kBlockSize, false);
   if (!p.bias) return;
   for (int64_t r = 0; r < rows; ++r)
     for (int c = 0; c < kSide; c += Vec::width)
@@ -178,12 +177,12 @@ void forward_full(const LinearProblem& p, const LinearForward& out, const int64_
   const int64_t span = (slices + kMaxSpans - 1) / kMaxSpans, spans = (slices + span - 1) / span;
   const int64_t groups = (panels + kGroup - 1) / kGroup;
 
-  const int64_t slice_size = kSliceBlocks * depth * kBlockSize;
-  const Scratch packed_memory(panels * depth * kBlockSize * int64_t(sizeof(Element)));
+  const int64_t slice_size = kSliceBlocks * depth;
+  const Scratch packed_memory(panels * depth * int64_t(sizeof(Packed)));
   const Scratch softmax_memory(spans * panels * int64_t(sizeof(PanelSoftmax)));
   const Scratch chosen_memory(count * int64_t(sizeof(float)));
-  const Scratch slice_memory(p.threads * slice_size * int64_t(sizeof(Element)));
-  auto* packed = static_cast<Element*>(packed_memory.get());
+  const Scratch slice_memory(p.threads * slice_size * int64_t(sizeof(Packed)));
+  auto* packed = static_cast<Packed*>(packed_memory.get());
   auto* softmaxes = static_cast<PanelSoftmax*>(softmax_memory.get());
   auto* chosen = static_cast<float*>(chosen_memory.get());
 
@@ -193,7 +192,7 @@ void forward_full(const LinearProblem& p, const LinearForward& out, const int64_
     [[maybe_unused]] const MultiplyScope scope;
     const ScaledExp exp(p.temperature);
     alignas(64) float z[kSlice * kSide];
-    Element* slice = static_cast<Element*>(slice_memory.get()) + omp_get_thread_num() * slice_size;
+    Packed* slice = static_cast<Packed*>(slice_memory.get()) + omp_get_thread_num() * slice_size;
 #pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < spans * groups; ++item) {
       const int64_t s = item % spans, first_panel = item / spans * kGroup;
@@ -204,7 +203,7 @@ void forward_full(const LinearProblem& p, const LinearForward& out, const int64_
         const int64_t first = i * kSlice, n = least(kSlice, p.weight.rows - first);
         for (int64_t b = 0; b * kSide < n; ++b) pack_slice(p.weight, first, b, slice);
         for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-          slice_logits(p, first, n, slice, packed + panel * depth * kBlockSize, z);
+          slice_logits(p, first, n, slice, packed + panel * depth, z);
           softmaxes[s * panels + panel].template absorb<kEntropy>(z, n, exp);
           for (int64_t t = panel * kSide; t < least(count, (panel + 1) * kSide); ++t) {
             const int64_t id = p.ids[rows[t]] - first;

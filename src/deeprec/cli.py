@@ -59,7 +59,9 @@ def _info() -> None:
 
     from deeprec import _C, backends
 
-    print(f"deeprec {__version__}, torch {torch.__version__}, transformers {transformers.__version__}")
+    print(
+        f"deeprec {__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
+    )
     print(f"instruction set {backends.isa()} of {', '.join(_C.available_isas())}")
     print(f"threads {torch.get_num_threads()}, CUDA devices {torch.cuda.device_count()}")
     for op, names in backends.available().items():
@@ -86,14 +88,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parsed[command].clone()
     resume = options.pop("resume")
     options.pop("config")
-    text = by_name[command].dump(options)
     values = vars(by_name[command].instantiate(options))
     config = RunConfig(**{key: value for key, value in values.items() if key != "config"})
     try:
         if command == "data":
             print(load_dataset(config.data).report)
             return 0
-        run = Run(config, text, resume=resume or command == "eval")
+        run = Run(config, resume=resume or command == "eval")
         {"run": run.everything, "trm": run.recommenders, "rl": run.policy, "eval": run.evaluate}[
             command
         ]()

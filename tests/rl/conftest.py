@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -20,6 +21,7 @@ from deeprec.rewards import Rewards
 from deeprec.rollout import (
     EnvironmentOptions,
     RetrievalEnvironment,
+    Sample,
     SamplingConfig,
     ToolCall,
     Trajectory,
@@ -178,48 +180,48 @@ class World:
     policy: Qwen2ForCausalLM
     requests: Requests
 
-    def conversation(self, row: int, rng: np.random.Generator) -> Trajectory:
-        """One call with a random preference, then ten of the found titles in random order."""
-        names = rng.choice(CATEGORIES, 2, replace=False)
-        words = (
-            f"{tokens.ASK}{protocol.PREFERENCE_OPEN}{tokens.PHRASE_SEPARATOR.join(names)}"
-            f"{protocol.PREFERENCE_CLOSE}"
-        )
-        call = ToolCall(row, 0, tokens.PHRASE_SEPARATOR.join(names))
-        answer = self.env.observe(self.requests, [call])[0]
-        titles = [self.env.catalog.title(item) for item in rng.permutation(answer.items)[:10]]
-        ending = f"{tokens.RANK}\n{protocol.THINK_CLOSE}\n{protocol.final_list_text(titles)}"
-        made = Trajectory(0, 0, [], prompt_ids=self.env.prompts.build(self.requests, row))
-        asked, told, listed = self.engine.text.encode([words, answer.text, ending])
-        made.response_ids = [*asked, *told, *listed]
-        made.policy_mask = [1] * len(asked) + [0] * len(told) + [1] * len(listed)
+    def conversations(self, rows: NDArray[np.int64], rng: np.random.Generator) -> list[Trajectory]:
+        """One call with two random wishes each, then ten of the found titles in random order."""
+        build = self.env.prompts.build  # type: ignore[union-attr]
+        wishes = [
+            tokens.PHRASE_SEPARATOR.join(rng.choice(CATEGORIES, 2, replace=False)) for _ in rows
+        ]
+        calls = [ToolCall(int(row), 0, wish) for row, wish in zip(rows, wishes, strict=True)]
+        made = []
+        for row, wish, found in zip(
+            rows, wishes, self.env.observe(self.requests, calls), strict=True
+        ):
+            asks = f"{tokens.ASK}{protocol.PREFERENCE_OPEN}{wish}{protocol.PREFERENCE_CLOSE}"
+            titles = [self.env.catalog.title(item) for item in rng.permutation(found.items)[:10]]
+            ends = f"{tokens.RANK}\n{protocol.THINK_CLOSE}\n{protocol.final_list_text(titles)}"
+            asked, told, listed = self.engine.text.encode([asks, found.text, ends])
+            talk = Trajectory(0, 0, [], prompt_ids=build(self.requests, int(row)))
+            talk.append_sample(Sample(0, asked, [0.0] * len(asked), [None] * len(asked), "stop"))
+            talk.append_observation(told)
+            talk.append_sample(Sample(0, listed, [0.0] * len(listed), [None] * len(listed), "stop"))
+            made.append(talk)
         return made
 
-    def warm_start(self, steps: int, *, batch: int = 32, lr: float = 2e-3) -> None:
-        """Teach the form of a conversation, and nothing about what to ask or list."""
+    def warm_start(self, steps: int, *, pool: int = 256, batch: int = 32, lr: float = 4e-3) -> None:
+        """Teach the form of a conversation, and nothing about what to ask or list first."""
         rng = np.random.default_rng(0)
+        made = self.conversations(rng.integers(len(self.requests), size=pool), rng)
+        pad = nn.utils.rnn.pad_sequence
+        ids = pad([torch.tensor(t.prompt_ids + t.response_ids) for t in made], batch_first=True)
+        sampled = pad(
+            [torch.tensor([0] * len(t.prompt_ids) + t.policy_mask) for t in made], batch_first=True
+        )
+        labels = ids.masked_fill(sampled == 0, -100)
         optimizer = torch.optim.AdamW(self.policy.parameters(), lr=lr)
-        self.policy.train()
         for step in range(steps):
-            rows = rng.integers(len(self.requests), size=batch)
-            made = [self.conversation(int(row), rng) for row in rows]
-            ids = [torch.tensor(t.prompt_ids + t.response_ids) for t in made]
-            labels = [
-                torch.tensor(
-                    [-100] * len(t.prompt_ids)
-                    + [i if m else -100 for i, m in zip(t.response_ids, t.policy_mask, strict=True)]
-                )
-                for t in made
-            ]
-            padded = nn.utils.rnn.pad_sequence(ids, batch_first=True)
-            wanted = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
-            loss = self.policy(input_ids=padded, labels=wanted, use_cache=False).loss
+            rows = torch.from_numpy(rng.integers(pool, size=batch))
+            loss = self.policy(input_ids=ids[rows], labels=labels[rows], use_cache=False).loss
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1.0, (step + 1) / 20) * (1 - step / steps)
             optimizer.zero_grad()
             loss.backward()
+            nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
             optimizer.step()
-        self.policy.eval()
 
 
 def _make_world(
@@ -256,6 +258,7 @@ def _make_world(
         num_attention_heads=max(2, hidden // 32),
         num_key_value_heads=max(2, hidden // 32),
         max_position_embeddings=512,
+        initializer_range=0.08,  # the usual 0.02 leaves so narrow a model on a plateau for long
     )
     trm = FakeTRM(items, {tuple(row[:4].tolist()): int(row[4]) for row in drawn})
     env = RetrievalEnvironment(
@@ -274,6 +277,26 @@ def _make_world(
 @pytest.fixture
 def make_world() -> Callable[..., World]:
     return _make_world
+
+
+@pytest.fixture(scope="session")
+def _warm_weights() -> dict[str, Tensor]:
+    world = _make_world()
+    world.warm_start(80)
+    return world.policy.state_dict()
+
+
+@pytest.fixture
+def warm_world(_warm_weights: dict[str, Tensor]) -> Callable[[], World]:
+    """Worlds with the same policy, which knows the form of a conversation."""
+
+    def make() -> World:
+        world = _make_world()
+        world.policy.load_state_dict(_warm_weights)
+        world.policy.eval()
+        return world
+
+    return make
 
 
 @pytest.fixture

@@ -32,15 +32,15 @@ def test_a_prompt_with_or_without_a_chat_template(
         assert text.endswith("[reply]" + PROMPT_END)
     history = "".join(f"\n- {catalog.text(i)}" for i in requests.history[1, : requests.lengths[1]])
     assert text.rpartition("The user took")[2].startswith(", oldest first:" + history)
-    assert "2014-05-13" in text
+    assert "Today is 2014-05-13." in text
 
 
 def test_examples_follow_the_protocol_they_show(
     catalog: Catalog, char_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     prompt = ChatPrompt(char_tokenizer, catalog, show_date=False).build(make_requests(1), 0)
-    examples = char_tokenizer.decode(prompt).split("Example.\n")[1:]
-    assert len(examples) == 2
+    examples = char_tokenizer.decode(prompt).split(PROMPT_END)[1:]
+    assert len(examples) == 3 and examples.pop() == ""
     for example in examples:
         assert read_preference(example)
         lines = read_final_list(example)

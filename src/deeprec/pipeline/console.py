@@ -26,25 +26,27 @@ def heading(text: str) -> None:
 def print_results(results: Mapping[str, Any]) -> None:
     """The final table and the paired comparisons."""
     shown = ("recall@1", "recall@10", "ndcg@10", "valid_rate", "mean_turns")
+    # Wide enough for every column whatever the terminal: a cut-off name says nothing.
+    wide = Console(width=max(console.width, 130))
     table = Table("system", "users", *shown, title="Test items, leave-one-out (95% intervals)")
     for part, suffix in ((results, ""), (results.get("all_users", {}), " (all users)")):
         for name, metrics in part.get("systems", {}).items():
             cells = [f"{metrics[m]['mean']:.4f}" for m in shown]
             cells[2] += f" [{metrics['ndcg@10']['low']:.4f}, {metrics['ndcg@10']['high']:.4f}]"
             table.add_row(name + suffix, str(part["users"][name]), *cells)
-    console.print(table)
+    wide.print(table)
     paired = Table("comparison, NDCG@10", "users", "difference", "95% interval", "p")
     for part in (results, results.get("all_users", {})):
         for name, metrics in part.get("paired", {}).items():
             m = metrics["ndcg@10"]
             paired.add_row(
                 name.replace("_vs_", " - "),
-                str(m["users"]),
+                str(int(m["users"])),
                 f"{m['difference']:+.4f}",
                 f"[{m['low']:+.4f}, {m['high']:+.4f}]",
                 f"{m['p']:.3f}",
             )
-    console.print(paired)
+    wide.print(paired)
 
 
 def print_ops(ops: Mapping[tuple[str, str], OpCount], seconds: float) -> None:

@@ -60,7 +60,8 @@ def evaluate_run(parts: Parts) -> dict[str, Any]:
     comparisons = [(final, "trm"), (final, f"policy_{INITIAL}")]
     names = [f"policy_{INITIAL}", *(f"policy_{stage.name}" for stage in config.stages)]
     comparisons += [(b, a) for a, b in zip(names, names[1:], strict=False)]
-    comparisons += [(final, name) for name in ("trm_date", "lm", "lm_rerank") if name in systems]
+    rivals = ("popularity_recent", "trm_date", "lm", "lm_rerank")
+    comparisons += [(final, name) for name in rivals if name in systems]
     if config.eval.ablations:
         for name, trajectories in _ablations(parts, last, sample, spoken).items():
             systems[f"{final}_{name}"] = evaluate_trajectories(trajectories)
@@ -82,21 +83,21 @@ def evaluate_run(parts: Parts) -> dict[str, Any]:
 
 
 def _baselines(parts: Parts, requests: Requests) -> dict[str, UserMetrics]:
-    """Popularity and the recommender alone, with and without the request date."""
+    """Popularity and the recommender alone, with and without the request date.
+
+    All know what the evaluation recommender was trained on, and nothing later.
+    """
     dataset, exclude = parts.dataset, parts.config.eval.exclude_history
     validation = dataset.requests("valid")
-    known = {held_out: dataset.train(held_out) for held_out in (1, 2)}
-    recent, recent_validation = (
-        RecentPopularity(known[n].items, known[n].timestamps, dataset.catalog.n_items)
-        for n in (1, 2)
-    )
+    _, items, timestamps = dataset.train(held_out=2)
+    recent = RecentPopularity(items, timestamps, dataset.catalog.n_items)
     trm = parts.trm("valid")
     dated: dict[str, Any] = {
         "recent": recent,
-        "recent_validation": recent_validation,
+        "recent_validation": recent,
         "exclude_history": exclude,
     }
-    popularity = Popularity(known[1].items, dataset.catalog.n_items)
+    popularity = Popularity(items, dataset.catalog.n_items)
     return {
         "popularity": evaluate_popularity(popularity, requests, exclude_history=exclude),
         "popularity_recent": evaluate_recent_popularity(requests, validation, **dated)[0],
@@ -172,9 +173,7 @@ def _all_users(parts: Parts, everyone: Requests, last: str) -> dict[str, Any]:
     return build_results(systems, [(final, "trm")], seed=parts.config.seed)
 
 
-def _records(
-    parts: Parts, trajectories: Sequence[Trajectory], system: str
-) -> list[dict[str, Any]]:
+def _records(parts: Parts, trajectories: Sequence[Trajectory], system: str) -> list[dict[str, Any]]:
     """The first conversations of a system as they are written to ``trajectories.jsonl``."""
     chosen = trajectories[: parts.config.eval.conversations]
     model = parts.reward_model("rec")

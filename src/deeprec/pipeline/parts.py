@@ -147,9 +147,7 @@ class Parts:
         return self.dataset.requests("rl")
 
 
-def save_policy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
-) -> None:
+def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a policy in Hugging Face format."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -10,7 +10,7 @@ import yaml
 
 from deeprec import backends
 from deeprec.eval.results import replace_text
-from deeprec.pipeline.config import RunConfig
+from deeprec.pipeline.config import RunConfig, plain
 from deeprec.pipeline.console import console, heading, print_ops, print_results
 from deeprec.pipeline.evaluation import evaluate_run
 from deeprec.pipeline.folder import RunFolder
@@ -24,6 +24,7 @@ from deeprec.pipeline.stages import (
     stage_requests,
     train_recommenders,
 )
+from deeprec.pipeline.summary import facts, notes
 
 __all__ = ["Run", "RunFolderError"]
 
@@ -37,24 +38,24 @@ class Run:
 
     Args:
         config: what to run.
-        text: the configuration as YAML; kept in the folder, and compared on resuming.
         resume: go on in a folder that exists.
 
     Raises RunFolderError when the folder exists and ``resume`` is off, or was made with another
     configuration.
     """
 
-    def __init__(self, config: RunConfig, text: str, *, resume: bool = False) -> None:
+    def __init__(self, config: RunConfig, *, resume: bool = False) -> None:
         self.config = config
         self.folder = RunFolder(Path(config.out or Path("runs") / config.name))
-        self._open(text, resume)
+        self._open(resume)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.parts = Parts(config, self.folder)
         self._started = time.perf_counter()
         backends.reset_op_table()
 
-    def _open(self, text: str, resume: bool) -> None:
+    def _open(self, resume: bool) -> None:
+        text = yaml.safe_dump(plain(self.config), sort_keys=False)
         root = self.folder.root
         if self.folder.config.exists():
             if not resume:
@@ -99,11 +100,18 @@ class Run:
     def evaluate(self) -> None:
         """Evaluate what was trained, and write table and report."""
         heading("Evaluating the baselines")
-        print_results(evaluate_run(self.parts))
+        results = evaluate_run(self.parts)
+        print_results(results)
         seconds = time.perf_counter() - self._started
         ops = backends.op_table()
         print_ops(ops, seconds)
-        path = write_report(self.folder.root, ops=ops, seconds=seconds)
+        path = write_report(
+            self.folder.root,
+            facts=facts(self.parts),
+            notes=notes(results, [stage.name for stage in self.config.stages]),
+            ops=ops,
+            seconds=seconds,
+        )
         heading(f"Done: {path}")
 
     def everything(self) -> None:

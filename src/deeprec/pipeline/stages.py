@@ -16,7 +16,14 @@ from deeprec.policy.warmstart import warm_start, written_preferences
 from deeprec.rl import StageConfig, Trainer, select_requests
 from deeprec.trm import train_trm
 
-__all__ = ["INITIAL", "PRETRAINED", "initial_policy", "pretrain_policy", "reinforce", "train_recommenders"]
+__all__ = [
+    "INITIAL",
+    "PRETRAINED",
+    "initial_policy",
+    "pretrain_policy",
+    "reinforce",
+    "train_recommenders",
+]
 
 PRETRAINED = "pretrained"
 INITIAL = "initial"

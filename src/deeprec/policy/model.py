@@ -22,12 +22,14 @@ class TitlePolicyConfig:
         hidden_size: width of the transformer.
         layers: number of transformer blocks.
         heads: attention heads; must divide ``hidden_size``.
+        kv_heads: heads of keys and values; fewer make roll-outs faster. Must divide ``heads``.
         max_positions: longest conversation in tokens.
     """
 
     hidden_size: int = 256
     layers: int = 4
     heads: int = 4
+    kv_heads: int = 2
     max_positions: int = 1024
 
 
@@ -37,7 +39,11 @@ def build_title_policy(
     """A randomly initialised policy for ``tokenizer``; the same seed gives the same weights."""
     if config.hidden_size % config.heads:
         raise ValueError(
-            f"policy.heads must divide policy.hidden_size ({config.hidden_size}), got {config.heads}"
+            f"policy.title.heads must divide hidden_size ({config.hidden_size}), got {config.heads}"
+        )
+    if config.heads % config.kv_heads:
+        raise ValueError(
+            f"policy.title.kv_heads must divide heads ({config.heads}), got {config.kv_heads}"
         )
     torch.manual_seed(seed)
     return Qwen2ForCausalLM(
@@ -47,7 +53,7 @@ def build_title_policy(
             intermediate_size=3 * config.hidden_size,
             num_hidden_layers=config.layers,
             num_attention_heads=config.heads,
-            num_key_value_heads=config.heads,
+            num_key_value_heads=config.kv_heads,
             max_position_embeddings=config.max_positions,
             tie_word_embeddings=True,
             use_sliding_window=False,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +25,9 @@ from deeprec.ops import linear_logprobs
 from deeprec.policy.model import dropout
 from deeprec.policy.prompts import TitlePrompt, TitleTokens
 
-__all__ = ["PretrainConfig", "next_item_logits", "pretrain"]
+__all__ = ["PretrainConfig", "next_item_logits", "pretrain", "sequence_logits"]
+
+WINDOW = 21  # items read at once: a history of 20 and the item after it
 
 
 @dataclass
@@ -42,7 +45,7 @@ class PretrainConfig:
         validation_users: users whose next item measures each epoch.
     """
 
-    epochs: int = 5
+    epochs: int = 4
     learning_rate: float = 1e-3
     batch_size: int = 64
     window: int = 21
@@ -116,14 +119,64 @@ def next_item_logits(
     return torch.cat(out)
 
 
+@torch.inference_mode()
+def sequence_logits(
+    model: Qwen2ForCausalLM,
+    prompts: TitlePrompt,
+    dataset: Dataset,
+    held_out: int,
+    batch_size: int = 128,
+) -> Iterator[tuple[npt.NDArray[np.int64], torch.Tensor]]:
+    """Logits of every title of every user but the first and the last ``held_out``, in batches.
+
+    Yields rows [B] of ``dataset.items`` and f32 [B, n_items + 1] logits of the title that stands
+    there, column 0 −inf. One causal pass serves a window of positions, each seeing at least half
+    a window of history where there is that much.
+    """
+    was_training = model.training
+    model.eval()
+    header = np.array(prompts.start)
+    titles = torch.from_numpy(prompts.tokens.titles)
+    head = model.get_output_embeddings().weight[titles].float()
+    spans = []  # first item read, first item predicted, end
+    for first, end in zip(dataset.offsets[:-1], dataset.offsets[1:] - held_out, strict=True):
+        reached = first + 1
+        while reached < end:
+            read = max(first, reached - WINDOW // 2)
+            spans.append((read, reached, min(read + WINDOW, end)))
+            reached = spans[-1][2]
+    spans.sort(key=lambda span: int(span[2] - span[0]))
+    for i in range(0, len(spans), batch_size):
+        part = spans[i : i + batch_size]
+        ids = [
+            np.concatenate([header, prompts.tokens.dated(*_rows(dataset, read, end))])
+            for read, _, end in part
+        ]
+        batch = padded(ids, int(prompts.tokens.tokenizer.pad_token_id))
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = model.model(batch, use_cache=False).last_hidden_state
+        rows = [np.arange(reached, end) for _, reached, end in part]
+        which = torch.from_numpy(np.repeat(np.arange(len(part)), [len(r) for r in rows]))
+        # After the header come a week and a title an item; a title is predicted at its week.
+        places = [len(header) + 2 * (r - read) for r, (read, _, _) in zip(rows, part, strict=True)]
+        logits = hidden[which, torch.from_numpy(np.concatenate(places))].float() @ head.T
+        logits[:, 0] = -torch.inf
+        yield np.concatenate(rows), logits
+    model.train(was_training)
+
+
+def _rows(
+    dataset: Dataset, start: int, end: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    return dataset.items[start:end], dataset.timestamps[start:end]
+
+
 def _validation_ndcg(model: Qwen2ForCausalLM, prompts: TitlePrompt, requests: Requests) -> float:
     top = next_item_logits(model, prompts, requests).topk(10).indices.numpy()
     return float(evaluate_ranking(top, requests.targets).values["ndcg@10"].mean())
 
 
-def _loss(
-    model: Qwen2ForCausalLM, batch: torch.Tensor, pad: int
-) -> torch.Tensor:
+def _loss(model: Qwen2ForCausalLM, batch: torch.Tensor, pad: int) -> torch.Tensor:
     """Mean cross entropy of the titles in ``batch`` [B, 2n] given everything before each."""
     with torch.autocast("cpu", torch.bfloat16):
         hidden = model.model(batch, use_cache=False).last_hidden_state
@@ -170,7 +223,9 @@ def pretrain(
             ):
                 progress = (epoch + i / len(batches)) / config.epochs
                 warm_up = min(1.0, (epoch * len(batches) + i + 1) / 50)
-                rate = config.learning_rate * warm_up * (0.525 + 0.475 * math.cos(math.pi * progress))
+                rate = (
+                    config.learning_rate * warm_up * (0.525 + 0.475 * math.cos(math.pi * progress))
+                )
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 loss = _loss(model, padded(rows, pad), pad)

@@ -56,14 +56,12 @@ class TitlePrompt:
     def __init__(self, tokens: TitleTokens) -> None:
         self.tokens = tokens
         encode = tokens.tokenizer.encode
-        self._start = encode(HISTORY_HEADER, add_special_tokens=False)
+        self.start = encode(HISTORY_HEADER, add_special_tokens=False)
         self._end = encode(REQUEST_END, add_special_tokens=False)
 
     def build(self, requests: Requests, row: int) -> list[int]:
         """Token ids of the prompt of one request."""
         n = int(requests.lengths[row])
-        history = self.tokens.dated(
-            requests.history[row, :n], requests.history_timestamps[row, :n]
-        )
+        history = self.tokens.dated(requests.history[row, :n], requests.history_timestamps[row, :n])
         date = self.tokens.week(int(requests.timestamps[row]))
-        return [*self._start, *history.tolist(), date, *self._end]
+        return [*self.start, *history.tolist(), date, *self._end]

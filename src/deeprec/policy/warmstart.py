@@ -3,8 +3,8 @@
 After pre-training the policy knows which titles may come next, and nothing of the protocol. Here
 it reads conversations that use the protocol: preferences name titles it believes in, with their
 categories and years; the recommender really answers; the list ranks what was found. Where a title
-is due, the target is the whole distribution of the policy before the warm start, restricted to
-the titles that may stand there (distillation), so that nothing of what it knew is lost.
+is due, the target is a whole distribution restricted to the titles that may stand there
+(distillation): what the policy believed before the warm start, plus what the recommender scores.
 No held-out item is looked at: the targets are beliefs, not what the user did.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -24,15 +24,16 @@ from transformers import Qwen2ForCausalLM
 
 from deeprec.data import Catalog, Dataset, Requests
 from deeprec.ops import linear_logprobs
-from deeprec.policy.pretrain import next_item_logits, padded
+from deeprec.policy.pretrain import next_item_logits, padded, sequence_logits
 from deeprec.policy.prompts import TitlePrompt
 from deeprec.policy.tokenizer import ASK, LIKE, PHRASE_SEPARATOR, RANK, number_token
 from deeprec.rollout import RetrievalEnvironment, ToolCall, protocol
-from deeprec.trm.examples import WrittenPreference
+from deeprec.trm import PreferenceAwareTRM, WrittenPreference
 
 __all__ = ["WarmStartConfig", "preference_from_titles", "warm_start", "written_preferences"]
 
 IGNORE = -100  # label of a token that is not learnt
+COSINE_TEMPERATURE = 0.07  # at which the recommender's cosines are trained as logits
 
 
 @dataclass
@@ -42,21 +43,31 @@ class WarmStartConfig:
     Args:
         conversations: how many are written and read, once.
         learning_rate: peak; linear warm-up over 5% of the updates, linear decay to a tenth.
-        tokens_per_batch: padded tokens of one update.
+        tokens_per_batch: padded tokens of one update; the protocol is learnt by many small ones
+            (100% valid after 380 updates, hardly any after 100 of four times the size).
         max_turns: conversations have 1 to this many tool calls, so that asking often is left to
             reinforcement learning.
         titles: titles a preference names.
-        temperature: of the beliefs these are drawn from.
+        temperature: of the beliefs, in preferences and in the list. Preferences drawn at 1.0 are
+            too vague for a recommender to rely on: trained on them it gained 0.002 NDCG@10 from
+            one, and 0.022 at 0.3.
+        recommender_weight: of the recommender's scaled cosine beside the policy's log-probs in
+            the beliefs; together they rank better than either alone (NDCG@10 .169 against .158
+            and .132).
+        dropped: share of each history's items left out, so that the recommender is asked about
+            histories it was not trained to complete.
         knowledge: "own" teaches the policy's own beliefs; "none" draws titles and lists at
             random, which teaches the format alone.
     """
 
-    conversations: int = 6000
-    learning_rate: float = 5e-4
-    tokens_per_batch: int = 8192
+    conversations: int = 8000
+    learning_rate: float = 1e-3
+    tokens_per_batch: int = 2048
     max_turns: int = 3
-    titles: int = 2
-    temperature: float = 1.0
+    titles: int = 3
+    temperature: float = 0.3
+    recommender_weight: float = 0.3
+    dropped: float = 0.2
     knowledge: Literal["own", "none"] = "own"
 
 
@@ -112,24 +123,20 @@ def written_preferences(
     config: WarmStartConfig,
     seed: int,
 ) -> list[WrittenPreference]:
-    """The first preference a policy would write before every item but each user's first and test.
+    """The first preference a policy would write before each item that a recommender trains on.
 
-    The validation target is left out too. A recommender trained on them learns what such
-    preferences are worth.
+    A recommender trained on them learns what such preferences are worth.
     """
     draws, words = np.random.default_rng(seed), random.Random(seed)
-    starts, ends = dataset.offsets[:-1] + 1, dataset.offsets[1:] - 2
-    rows = np.concatenate([np.arange(a, b) for a, b in zip(starts, ends, strict=True)])
+    users = np.repeat(np.arange(dataset.n_users), np.diff(dataset.offsets))
     written = []
-    chunk = 2048
-    for start in track(range(0, len(rows), chunk), "Writing preferences"):
-        requests = dataset.requests_at(rows[start : start + chunk])
-        scores = next_item_logits(model, prompts, requests).numpy()
-        scores = scores / config.temperature + draws.gumbel(size=scores.shape)
+    for rows, logits in sequence_logits(model, prompts, dataset, held_out=2):
+        scores = logits.numpy() / config.temperature + draws.gumbel(size=logits.shape)
         named = np.argpartition(-scores, config.titles, axis=1)[:, : config.titles]
-        for user, row, items in zip(requests.users, rows[start : start + chunk], named, strict=True):
+        for row, items in zip(rows, named, strict=True):
+            user = int(users[row])
             text = preference_from_titles(dataset.catalog, items, words)
-            written.append(WrittenPreference(int(user), int(row - dataset.offsets[user]), text))
+            written.append(WrittenPreference(user, int(row - dataset.offsets[user]), text))
     return written
 
 
@@ -153,9 +160,7 @@ class _Writer:
             self._encoded[text] = ids
         return list(ids)
 
-    def write(
-        self, requests: Requests, beliefs: npt.NDArray[np.float32]
-    ) -> list[_Conversation]:
+    def write(self, requests: Requests, beliefs: npt.NDArray[np.float32]) -> list[_Conversation]:
         """One conversation a request; ``beliefs`` [B, n_items + 1] are logits of the next title."""
         talks = []
         for row in range(len(requests)):
@@ -218,7 +223,7 @@ class _Writer:
         noise = self.draws.gumbel(size=scores.shape)
         if self.config.knowledge == "none":
             scores = np.where(np.isfinite(scores), np.float32(0), scores)
-        return np.argsort(-(scores / self.config.temperature + noise), kind="stable")[:n]
+        return np.argsort(-(scores + noise), kind="stable")[:n]
 
 
 def _batches(
@@ -269,6 +274,43 @@ def _loss(
     return (hard.sum() + soft.sum()) / (len(hard) + len(soft))
 
 
+def _training_requests(
+    dataset: Dataset, config: WarmStartConfig, rng: np.random.Generator
+) -> Requests:
+    """Requests somewhere in the training part of random users, their histories thinned."""
+    offsets, *_ = dataset.train()
+    users = rng.integers(0, dataset.n_users, config.conversations)
+    # Up to the RL target itself, which is only asked about and never looked at.
+    positions = 1 + (rng.random(len(users)) * np.diff(offsets)[users]).astype(np.int64)
+    requests = dataset.requests_at(dataset.offsets[users] + positions)
+    kept = (rng.random(requests.history.shape) >= config.dropped) & (requests.history > 0)
+    kept[np.arange(len(users)), requests.lengths - 1] = True
+    order = np.argsort(~kept, axis=1, kind="stable")
+    thinned = {
+        name: np.take_along_axis(np.where(kept, getattr(requests, name), 0), order, axis=1)
+        for name in ("history", "history_timestamps")
+    }
+    return replace(requests, lengths=kept.sum(axis=1), **thinned)
+
+
+@torch.inference_mode()
+def _beliefs(
+    model: Qwen2ForCausalLM,
+    prompts: TitlePrompt,
+    trm: PreferenceAwareTRM,
+    requests: Requests,
+    config: WarmStartConfig,
+) -> npt.NDArray[np.float32]:
+    """Logits of the next title, f32 [B, n_items + 1], at the configured temperature."""
+    scores = next_item_logits(model, prompts, requests).log_softmax(-1)
+    for start in range(0, len(requests), 512):
+        rows = slice(start, start + 512)
+        part = requests[rows]
+        cosine = trm.scores(torch.from_numpy(part.history), torch.from_numpy(part.lengths))
+        scores[rows] += config.recommender_weight / COSINE_TEMPERATURE * cosine
+    return (scores / config.temperature).numpy()
+
+
 def warm_start(
     model: Qwen2ForCausalLM,
     prompts: TitlePrompt,
@@ -282,12 +324,8 @@ def warm_start(
     ``env`` answers the preferences; its recommender must not have seen the RL targets.
     """
     rng = np.random.default_rng(seed)
-    offsets, *_ = dataset.train()
-    users = np.flatnonzero(np.diff(offsets) > 1)
-    users = users[rng.integers(0, len(users), config.conversations)]
-    positions = 1 + (rng.random(len(users)) * (np.diff(offsets)[users] - 1)).astype(np.int64)
-    requests = dataset.requests_at(dataset.offsets[users] + positions)
-    beliefs = next_item_logits(model, prompts, requests).numpy()
+    requests = _training_requests(dataset, config, rng)
+    beliefs = _beliefs(model, prompts, env.trm, requests, config)
 
     writer = _Writer(prompts, env, config, seed)
     talks: list[_Conversation] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +28,7 @@ from deeprec.rl.interrupt import StopRequest, TrainingInterrupted
 from deeprec.rl.logging import MetricsLog
 from deeprec.rl.metrics import StepClock, trajectory_means, trajectory_sums
 from deeprec.rl.selection import prompt_rows
-from deeprec.rl.updater import PolicyUpdater
+from deeprec.rl.updater import PolicyUpdater, TrainingDiverged
 from deeprec.rollout import rollout
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class Trainer:
 
         Raises:
             TrainingInterrupted: Ctrl-C or SIGTERM; the step in progress was finished and saved.
-            TrainingDiverged: a loss or gradient is not finite.
+            TrainingDiverged: a reward, a loss or a gradient is not finite.
             CheckpointError: a checkpoint cannot be written, does not fit, or is in the way of a
                 new training.
         """
@@ -123,6 +124,11 @@ class Trainer:
         with clock.part("reward"):
             rewards = self.reward_model.score(trajectories)
             for trajectory, reward in zip(trajectories, rewards, strict=True):
+                if not math.isfinite(reward.total):
+                    raise TrainingDiverged(
+                        f"step {self._step + 1}: reward_model gave user {trajectory.user} a reward "
+                        f"of {reward.total}; nothing was learnt from this step"
+                    )
                 trajectory.rewards = reward
         with clock.part("train"):
             kept = [row for row, t in enumerate(trajectories) if t.finish != "too_long"]

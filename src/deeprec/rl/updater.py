@@ -23,7 +23,7 @@ __all__ = ["PolicyUpdater", "TrainingDiverged"]
 
 
 class TrainingDiverged(FloatingPointError):
-    """A loss or gradient is not finite; the update was not applied, checkpoints are as before."""
+    """A reward, loss or gradient is not finite; it was not applied, checkpoints are as before."""
 
 
 class PolicyUpdater:
@@ -130,8 +130,7 @@ class PolicyUpdater:
                 self.optimizer.zero_grad()
                 raise TrainingDiverged(
                     f"step {step + 1}: {name} is {result[name]}, the update was not applied. Lower "
-                    "the learning rate, or look for infinite rewards or log-probs; resume goes on "
-                    "from the last checkpoint"
+                    "the learning rate; resume goes on from the last checkpoint"
                 )
         self._set_learning_rate()
         self.optimizer.step()

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from deeprec.data import Catalog, Requests
-from deeprec.rollout.protocol import clean_preference, observation_text
 from deeprec.ops import SeenItems
+from deeprec.rollout.protocol import clean_preference, observation_text
 
 if TYPE_CHECKING:
     from deeprec.text import SentenceEncoder

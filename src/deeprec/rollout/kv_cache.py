@@ -24,8 +24,8 @@ from transformers import AttentionInterface, PretrainedConfig
 __all__ = ["ATTENTION", "PackedBatch", "SlotCache", "packed_attention"]
 
 ATTENTION = "deeprec_slots"
-# Gathering some slots' keys and values costs about three times attending over them in place, so
-# single-token queries run over all slots unless fewer than this share of them takes part.
+# Copying a slot's keys and values together costs about three times attending over them in place, so
+# attention runs over all slots unless fewer than this share of them takes part.
 WHOLE_CACHE_SHARE = 0.3
 
 
@@ -96,7 +96,7 @@ class _Group:
     width: int
     length: int  # keys read of every slot
     slots: Tensor | int  # the slots read; an int is a view of the first so many
-    mask: Tensor  # additive [n, 1, width, length], 0 or -inf
+    mask: Tensor  # additive [n, 1, width, length], 0 or -inf; later repeated for shared heads
     tokens: Tensor  # place of each of the group's tokens in the packed sequence
     places: Tensor  # the same token's place in the padded [n, width] queries
 
@@ -146,7 +146,7 @@ class PackedBatch:
         slots, starts, counts = self.slots[rows], self.starts[rows], self.counts[rows]
         width, length = int(counts.max()), int((starts + counts).max())
         in_use = int(self.slots.max()) + 1
-        in_place = width == 1 and len(rows) >= WHOLE_CACHE_SHARE * in_use
+        in_place = len(rows) >= WHOLE_CACHE_SHARE * in_use
         row = np.arange(len(rows))
         if in_place:
             row, starts_read = slots, np.zeros(in_use, dtype=np.int64)
@@ -212,12 +212,11 @@ def packed_attention(
         # Query heads that share a key head become queries of that head: no key is repeated.
         queries = padded.view(group.rows, group.width, kv_heads, repeats, -1)
         queries = queries.permute(0, 2, 3, 1, 4).flatten(2, 3)
-        mask = group.mask
-        if group.width > 1 and repeats > 1:
-            mask = mask.repeat(1, 1, repeats, 1)
+        if group.mask.shape[2] not in (1, repeats * group.width):
+            group.mask = group.mask.repeat(1, 1, repeats, 1)  # once for all layers
         keys, values = cache.read(layer, group.slots, group.length)
         attended = scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, scale=scaling
+            queries, keys, values, attn_mask=group.mask, scale=scaling
         )
         attended = attended.unflatten(2, (repeats, group.width)).permute(0, 3, 1, 2, 4)
         output[group.tokens] = attended.reshape(-1, heads, output.shape[-1])[group.places]

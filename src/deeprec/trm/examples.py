@@ -49,8 +49,8 @@ class Examples:
         self.rows = rows[(self.position > 0) & (rows < ends)]
         if not len(self.rows):
             raise ValueError(
-                f"no training examples: every user has at most {held_out + 1} interactions, of "
-                f"which {held_out} are held out; lower the k-core filter's opposite, the hold-out"
+                f"no training examples: no user has more than {held_out + 1} interactions, and "
+                f"the last {held_out} of each are held out; use a data set with longer sequences"
             )
 
     def __len__(self) -> int:
@@ -68,7 +68,8 @@ class Examples:
     def epoch(self, size: int, rng: np.random.Generator) -> Iterator[Batch]:
         """All examples once, in random batches of similar lengths."""
         order = rng.permutation(self.rows)
-        for chunk in np.split(order, range(size * SORTED_TOGETHER, len(order), size * SORTED_TOGETHER)):
+        together = size * SORTED_TOGETHER
+        for chunk in np.split(order, range(together, len(order), together)):
             by_length = chunk[np.argsort(self.position[chunk].clip(max=self._max_length))]
             batches = np.split(by_length, range(size, len(chunk), size))
             for which in rng.permutation(len(batches)):
@@ -92,7 +93,8 @@ class WrittenPreferences:
             rows[n] = first + position
         order = np.argsort(rows, kind="stable")
         self._rows = rows[order]
-        self._vectors = encoder.encode([written[n].text for n in order], query=True)
+        texts = [written[n].text for n in order]
+        self._vectors = encoder.encode(texts, query=True) if texts else torch.zeros(0, encoder.dim)
 
     def replace(
         self, vectors: Tensor, rows: Int64Array, share: float, rng: np.random.Generator

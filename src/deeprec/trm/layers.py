@@ -73,7 +73,7 @@ class MoEAdaptor(nn.Module):
             scale = F.softplus(texts @ self.w_noise) + GATE_NOISE_FLOOR
             logits = logits + torch.randn_like(logits) * scale
         gate = logits.softmax(dim=-1)
-        weight = torch.cat([expert.lin.weight for expert in self.experts])
+        weight = torch.cat([expert.get_parameter("lin.weight") for expert in self.experts])
         projected = F.linear(self.dropout(texts), weight).unflatten(-1, (len(self.experts), -1))
         return torch.einsum("ne,neh->nh", gate, projected)
 
@@ -118,9 +118,7 @@ class FeedForward(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(self, states: Tensor) -> Tensor:
-        return self.LayerNorm(
-            states + self.dropout(self.linear_2(F.gelu(self.linear_1(states))))
-        )
+        return self.LayerNorm(states + self.dropout(self.linear_2(F.gelu(self.linear_1(states)))))
 
 
 class EncoderLayer(nn.Module):

@@ -71,6 +71,9 @@ class PreferenceAwareTRM(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.complex_weight, std=INIT_STD)
         with torch.no_grad():
+            # Near the identity: a filter near zero would hide the items behind their positions
+            # and cost several epochs.
+            self.complex_weight[..., 0] += 1.0
             self.item_embedding.weight[0] = 0.0
             texts = self.item_plm_embedding.weight
             texts.requires_grad_(False).zero_()
@@ -183,8 +186,18 @@ class PreferenceAwareTRM(nn.Module):
         found = self._item_index().search(users, k, rows)
         return TopK(found.values, torch.where(found.indices < 0, -1, found.indices + 1))
 
+    def train(self, mode: bool = True) -> PreferenceAwareTRM:
+        """Training or evaluation mode; training drops what was derived from the parameters."""
+        if mode:
+            self._index = None
+        return super().train(mode)
+
     def _item_index(self) -> ItemIndex:
-        """The item table as an index, built again whenever the table has changed."""
+        """The item table as an index, built again whenever the table has changed.
+
+        Not every change shows in the table's version (fused optimizers leave it alone), so
+        :meth:`train` drops the index as well.
+        """
         table = self.item_embedding.weight
         state = (table.device, table.data_ptr(), table._version)
         if self._index is None or self._index[0] != state:

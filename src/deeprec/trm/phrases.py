@@ -69,9 +69,7 @@ class PhraseBook:
             }
             for kind in Kind:
                 # A separator inside a name would cut the phrase in two when it is read back.
-                phrases += [
-                    ids.setdefault(_one_phrase(text), len(ids)) for text in by_kind[kind]
-                ]
+                phrases += [ids.setdefault(_one_phrase(text), len(ids)) for text in by_kind[kind]]
                 offsets.append(len(phrases))
         self.texts = tuple(ids)
         self._phrases = np.array(phrases, dtype=np.int64)

@@ -81,9 +81,7 @@ class PreferenceWriter:
         weights = np.array([self.mix.kinds.get(kind.name.lower(), 0.0) for kind in Kind])
         self._kinds = weights / weights.sum()
 
-    def about_items(
-        self, items: Sequence[Sequence[int]], rng: np.random.Generator
-    ) -> list[str]:
+    def about_items(self, items: Sequence[Sequence[int]], rng: np.random.Generator) -> list[str]:
         """One preference text for each list of items, e.g. "Action; 2013; like Gravity (2013)".
 
         Every phrase is about a random item of its list. An empty list has an empty preference.

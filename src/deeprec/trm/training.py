@@ -7,9 +7,11 @@ the scaled cosine, and early stopping on validation NDCG@10 without a preference
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,21 +19,25 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
 
 from deeprec.data import Dataset, Requests
+from deeprec.ops import ItemIndex, SeenItems, linear_logprobs
 from deeprec.trm.config import TRMConfig
-from deeprec.trm.examples import Examples, WrittenPreference, WrittenPreferences
+from deeprec.trm.examples import Batch, Examples, WrittenPreference, WrittenPreferences
 from deeprec.trm.model import PreferenceAwareTRM
 from deeprec.trm.phrases import Int64Array, PhraseBook, PhraseEncoder, TextEncoder
 from deeprec.trm.preferences import PreferenceMix, PreferenceWriter
-from deeprec.ops import ItemIndex, SeenItems, linear_logprobs
 
 logger = logging.getLogger(__name__)
 
+# Items left out at the end of every sequence: up to and including the RL or validation target.
 HELD_OUT = {"rl": 3, "valid": 2}
-SIMILAR_ITEMS = 10
-EVALUATION_BATCH = 1024
+SIMILAR_ITEMS = 10  # "like …" phrases name one of so many neighbours of the target
+VALIDATION_BATCH = 1024
 WARMUP_STEPS = 50
+LAST_RATE = 0.1  # the learning rate falls linearly to this share
+GRADIENT_CLIP = 1.0
 
 
 @dataclass
@@ -39,46 +45,66 @@ class TRMTrainConfig:
     """How a TRM is built and trained; the defaults suit catalogues of a few thousand items."""
 
     holdout: Literal["rl", "valid"] = "valid"
+    """"rl" leaves out each user's last three items, for the TRM that answers in training;
+    "valid" the last two, for the TRM of the evaluation."""
+    seed: int = 0
     hidden: int = 64
     inner: int = 256
     n_layers: int = 2
     n_heads: int = 2
     n_experts: int = 8
     max_length: int = 20
+    """Histories are cut to their last items, so many."""
     dropout: float = 0.3
     adaptor_dropout: float = 0.2
     mix: PreferenceMix = field(default_factory=PreferenceMix)
+    written_share: float = 0.5
+    """Share of the examples with a policy-written preference that get it."""
     temperature: float = 0.07
+    """Divides the cosine before the softmax."""
     learning_rate: float = 2e-3
     weight_decay: float = 0.0
     batch_size: int = 512
-    max_epochs: int = 12
-    patience: int = 3
-    seed: int = 0
-    text_init: bool = True
-    text_init_scale: float = 1.0
-    ema: float = 0.0
-    bf16: bool = False
-    label_smoothing: float = 0.0
-    mask_history: bool = False
-    floor: float = 0.1
-    written_share: float = 0.5
-    max_seconds: float = 1e9
+    max_epochs: int = 8
+    patience: int = 2
+    """Training stops after so many epochs without a better validation NDCG@10."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the matrix products; "auto" is bf16 where the device computes in it."""
+    device: str | None = None
+    """torch device; None is cuda when there is one, else cpu."""
+
+    def __post_init__(self) -> None:
+        if self.holdout not in HELD_OUT:
+            raise ValueError(f"holdout must be one of {', '.join(HELD_OUT)}, got {self.holdout!r}")
+        if self.dtype not in ("auto", "fp32", "bf16"):
+            raise ValueError(f"dtype must be auto, fp32 or bf16, got {self.dtype!r}")
+        for name in ("batch_size", "max_epochs", "patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("temperature", "learning_rate"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
 
-@dataclass
-class TrainedTRM:
-    model: PreferenceAwareTRM
-    config: TRMTrainConfig
-    history: list[dict]
+@dataclass(frozen=True)
+class Epoch:
+    """One line of a training log: mean loss, validation NDCG@10, seconds since the start."""
+
+    loss: float
+    ndcg: float
     seconds: float
 
+    def __str__(self) -> str:
+        return f"loss {self.loss:.3f}, NDCG@10 {self.ndcg:.4f}, {self.seconds:.0f} s"
 
-def similar_items(item_texts, k=SIMILAR_ITEMS):
-    n = len(item_texts)
-    itself = SeenItems(torch.arange(n + 1), torch.arange(n))
-    found = ItemIndex(item_texts, metric="cosine").search(item_texts, min(k, n - 1), itself)
-    return F.pad(found.indices + 1, (0, 0, 1, 0)).numpy()
+
+@dataclass(frozen=True)
+class TrainedTRM:
+    """The TRM of the best epoch, in evaluation mode, and how it was trained."""
+
+    model: PreferenceAwareTRM
+    config: TRMTrainConfig
+    epochs: tuple[Epoch, ...]
 
 
 def train_trm(
@@ -86,101 +112,166 @@ def train_trm(
     encoder: TextEncoder,
     config: TRMTrainConfig,
     *,
-    start: PreferenceAwareTRM | None = None,
     extra_preferences: Sequence[WrittenPreference] = (),
-    evaluate=None,
 ) -> TrainedTRM:
-    began = time.perf_counter()
+    """Train a TRM on a data set; what is held out is seen as neither input nor target.
+
+    Preferences are embedded phrase by phrase (:class:`~deeprec.trm.PhraseEncoder`), and must be
+    when the TRM answers. ``extra_preferences`` are ones that a policy wrote; those before
+    held-out items are not used. The same seed and thread count give the same TRM.
+
+    Raises ValueError when nothing is left to train on.
+    """
     torch.manual_seed(config.seed)
     rng = np.random.default_rng(config.seed)
-    item_texts = encoder.encode(dataset.catalog.encoder_texts())
-    book = PhraseBook(dataset.catalog)
-    writer = PreferenceWriter(book, similar_items(item_texts), config.mix)
-    phrases = F.pad(encoder.encode(list(book.texts[1:]), query=True, store=True), (0, 0, 1, 0))
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     examples = Examples(dataset, HELD_OUT[config.holdout], config.max_length)
     validation = dataset.requests("valid", max_history=config.max_length)
-    tc = TRMConfig(dataset.catalog.n_items, item_texts.shape[1], hidden=config.hidden, inner=config.inner,
-        n_layers=config.n_layers, n_heads=config.n_heads, n_experts=config.n_experts, max_length=config.max_length,
-        dropout=config.dropout, adaptor_dropout=config.adaptor_dropout)
-    model = PreferenceAwareTRM(tc, item_texts)
-    if start is not None:
-        model.load_state_dict(start.state_dict())
-    elif config.text_init:
-        c = item_texts - item_texts.mean(0)
-        _, vec = torch.linalg.eigh(c.T @ c)
-        z = c @ vec[:, -config.hidden:]
-        with torch.no_grad():
-            model.item_embedding.weight[1:] = z / z.std() * 0.02 * config.text_init_scale
-    logger.info("%d examples, %d phrases, prepared in %.1f s", len(examples), len(book.texts), time.perf_counter() - began)
-    written = WrittenPreferences(dataset, extra_preferences, PhraseEncoder(encoder)) if extra_preferences else None
-    params = [p for p in model.parameters() if p.requires_grad]
-    opt = torch.optim.AdamW(params, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
-    per_epoch = -(-len(examples) // config.batch_size)
-    total = per_epoch * config.max_epochs
-    sched = torch.optim.lr_scheduler.LambdaLR(opt, lambda s: min((s + 1) / WARMUP_STEPS, 1.0) * (1 - (1 - config.floor) * s / total))
-    ema = {k: v.clone() for k, v in model.state_dict().items()} if config.ema else None
-    best, best_state, log = -1.0, None, []
-    began_train = time.perf_counter()
-    for epoch in range(config.max_epochs):
+    item_texts = encoder.encode(dataset.catalog.encoder_texts())
+    preferences = _Preferences(dataset, encoder, item_texts, config, extra_preferences)
+    model = _new_model(dataset, item_texts, config).to(device)
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
+    steps = config.max_epochs * -(-len(examples) // config.batch_size)
+    schedule = LambdaLR(optimizer, lambda step: _rate(step, steps))
+    log: list[Epoch] = []
+    best = copy.deepcopy(model.state_dict())
+    began = time.perf_counter()
+    for _ in range(config.max_epochs):
         model.train()
         losses = []
         for batch in examples.epoch(config.batch_size, rng):
-            ids = writer.for_training(batch.history, batch.lengths, batch.targets, rng)
-            pref = F.normalize(F.embedding_bag(torch.from_numpy(ids), phrases, mode="sum"), dim=-1)
-            if written is not None:
-                written.replace(pref, batch.rows, config.written_share, rng)
-            h = torch.from_numpy(batch.history)
-            with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
-                users = model.user_vectors(h, torch.from_numpy(batch.lengths), pref)
-                logits = F.normalize(users.float(), dim=-1) @ F.normalize(model.item_embedding.weight, dim=-1).T
-            logits = logits.float() / config.temperature
-            drop = torch.zeros_like(logits, dtype=torch.bool)
-            drop[:, 0] = True
-            if config.mask_history:
-                drop.scatter_(1, h, True)
-            logits = logits.masked_fill(drop, -1e9)
-            loss = F.cross_entropy(logits, torch.from_numpy(batch.targets), label_smoothing=config.label_smoothing)
-            opt.zero_grad()
+            with _matmul_precision(config.dtype, device):
+                loss = _loss(model, batch, preferences.draw(batch, rng), config.temperature)
+            optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(params, 1.0)
-            opt.step()
-            sched.step()
-            losses.append(loss.item())
-            if ema is not None:
-                with torch.no_grad():
-                    torch._foreach_lerp_([v for v in ema.values()], [v for v in model.state_dict().values()], 1 - config.ema)
-        t_epoch = time.perf_counter() - began_train
-        raw = None
-        if ema is not None:
-            raw = {k: v.clone() for k, v in model.state_dict().items()}
-            model.load_state_dict(ema)
-        model.eval()
-        ndcg = validation_ndcg(model, validation)
-        log.append(dict(epoch=epoch, loss=float(np.mean(losses)), ndcg=ndcg, seconds=t_epoch))
-        extra = evaluate(model) if evaluate else ""
-        logger.info("epoch %d loss %.3f valid ndcg %.4f  %.1f s %s", epoch, np.mean(losses), ndcg, t_epoch, extra)
-        if ndcg > best:
-            best, best_state, best_epoch = ndcg, {k: v.clone() for k, v in model.state_dict().items()}, epoch
-        if raw is not None:
-            model.load_state_dict(raw)
-        if epoch - best_epoch >= config.patience or time.perf_counter() - began_train > config.max_seconds:
+            torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_CLIP)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.detach())
+        ndcg = validation_ndcg(model.eval(), validation)
+        log.append(Epoch(float(torch.stack(losses).mean()), ndcg, time.perf_counter() - began))
+        logger.info("TRM (%s) epoch %d: %s", config.holdout, len(log), log[-1])
+        best_epoch = max(range(len(log)), key=lambda epoch: log[epoch].ndcg)
+        if best_epoch == len(log) - 1:
+            best = copy.deepcopy(model.state_dict())
+        elif len(log) - 1 - best_epoch >= config.patience:
             break
-    model.load_state_dict(best_state)
-    return TrainedTRM(model.eval(), config, log, time.perf_counter() - began_train)
+    model.load_state_dict(best)
+    return TrainedTRM(model.eval(), config, tuple(log))
 
 
-def validation_ndcg(model, requests: Requests, preference=None, k=10):
-    return metrics(model, requests, preference)[0]
+def similar_items(item_texts: Tensor, count: int = SIMILAR_ITEMS) -> Int64Array:
+    """The items with the closest texts, int64 ``[n_items + 1, count]``, best first; row 0 is 0."""
+    n_items = len(item_texts)
+    itself = SeenItems(torch.arange(n_items + 1), torch.arange(n_items))
+    index = ItemIndex(item_texts, metric="cosine")
+    found = index.search(item_texts, min(count, n_items - 1), itself)
+    return F.pad(found.indices + 1, (0, 0, 1, 0)).numpy()
 
 
-def metrics(model, requests, preference=None):
-    rows = []
-    for s in range(0, len(requests), EVALUATION_BATCH):
-        r = requests[s : s + EVALUATION_BATCH]
-        found = model.retrieve(torch.from_numpy(r.history), torch.from_numpy(r.lengths),
-            None if preference is None else preference[s : s + EVALUATION_BATCH], 20, exclude=SeenItems.from_padded(r.history))
-        hit = found.indices.numpy() == r.targets[:, None]
-        rows.append(hit)
-    hit = np.concatenate(rows)
-    disc = 1 / np.log2(np.arange(20) + 2)
-    return float((hit[:, :10] * disc[:10]).sum(1).mean()), float(hit[:, :10].any(1).mean()), float(hit.any(1).mean())
+def validation_ndcg(model: PreferenceAwareTRM, requests: Requests, k: int = 10) -> float:
+    """Mean NDCG@k without a preference, history excluded."""
+    device = next(model.parameters()).device
+    total = 0.0
+    for start in range(0, len(requests), VALIDATION_BATCH):
+        part = requests[start : start + VALIDATION_BATCH]
+        history = torch.from_numpy(part.history).to(device)
+        lengths = torch.from_numpy(part.lengths).to(device)
+        seen = SeenItems.from_padded(history)
+        found = model.retrieve(history, lengths, None, k, exclude=seen).indices.cpu().numpy()
+        ranks = np.nonzero(found == part.targets[:, None])[1]
+        total += float((1.0 / np.log2(ranks + 2.0)).sum())
+    return total / len(requests)
+
+
+class _Preferences:
+    """Draws the preference vectors of a batch."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        encoder: TextEncoder,
+        item_texts: Tensor,
+        config: TRMTrainConfig,
+        written: Sequence[WrittenPreference],
+    ) -> None:
+        book = PhraseBook(dataset.catalog)
+        self._writer = PreferenceWriter(book, similar_items(item_texts), config.mix)
+        vectors = encoder.encode(book.texts[1:], query=True, store=True)
+        self._vectors = F.pad(vectors, (0, 0, 1, 0))
+        self._written = WrittenPreferences(dataset, written, PhraseEncoder(encoder))
+        self._written_share = config.written_share
+
+    def draw(self, batch: Batch, rng: np.random.Generator) -> Tensor:
+        """Float32 ``[B, P]``, zeros where an example has none; as PhraseEncoder embeds them."""
+        phrases = self._writer.for_training(batch.history, batch.lengths, batch.targets, rng)
+        summed = F.embedding_bag(torch.from_numpy(phrases), self._vectors, mode="sum")
+        vectors = F.normalize(summed, dim=-1)
+        self._written.replace(vectors, batch.rows, self._written_share, rng)
+        return vectors
+
+
+def _new_model(dataset: Dataset, item_texts: Tensor, config: TRMTrainConfig) -> PreferenceAwareTRM:
+    shape = TRMConfig(
+        n_items=dataset.catalog.n_items,
+        text_dim=item_texts.shape[1],
+        hidden=config.hidden,
+        inner=config.inner,
+        n_layers=config.n_layers,
+        n_heads=config.n_heads,
+        n_experts=config.n_experts,
+        max_length=config.max_length,
+        dropout=config.dropout,
+        adaptor_dropout=config.adaptor_dropout,
+    )
+    model = PreferenceAwareTRM(shape, item_texts)
+    # Items start where their texts lie, so that rare ones are not lost at random places.
+    components = min(config.hidden, item_texts.shape[1])
+    centred = item_texts - item_texts.mean(dim=0)
+    _, axes = torch.linalg.eigh(centred.T @ centred)
+    start = centred @ axes[:, -components:]
+    with torch.no_grad():
+        table = model.item_embedding.weight
+        table[1:, :components] = start * (table[1:].std() / start.std())
+    return model
+
+
+def _loss(
+    model: PreferenceAwareTRM, batch: Batch, preference: Tensor, temperature: float
+) -> Tensor:
+    """Mean cross entropy of the targets over the catalogue, without the padding row."""
+    table = model.item_embedding.weight
+    history, lengths, targets = (
+        torch.from_numpy(array).to(table.device)
+        for array in (batch.history, batch.lengths, batch.targets)
+    )
+    users = model.user_vectors(history, lengths, preference.to(table.device))
+    logprobs = linear_logprobs(
+        F.normalize(users.float(), dim=-1),
+        F.normalize(table[1:], dim=-1),
+        targets - 1,
+        temperature=temperature,
+    )
+    assert isinstance(logprobs, Tensor)  # entropy was not asked for
+    return -logprobs.mean()
+
+
+def _rate(step: int, steps: int) -> float:
+    """Learning rate of a step as a share of the highest: warm-up, then linear decay."""
+    return min((step + 1) / WARMUP_STEPS, 1.0) * (1.0 - (1.0 - LAST_RATE) * step / steps)
+
+
+@contextmanager
+def _matmul_precision(dtype: str, device: torch.device) -> Iterator[None]:
+    """bf16 autocast where it is wanted and computed natively."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported()
+    else:
+        native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    wanted = dtype == "bf16" or (dtype == "auto" and native)
+    with torch.autocast(device.type, torch.bfloat16, enabled=wanted):
+        yield

@@ -1,0 +1,252 @@
+"""What only the C++ kernels promise: every instruction set, determinism, no logits in memory."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from deeprec import _C, AllowedTokens, gather_logprobs, linear_logprobs
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(params=_C.available_isas())
+def isa(request):
+    before = _C.isa()
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(before)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def head(rows, size, vocabulary, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, size, generator=generator).to(dtype)
+    weight = (torch.randn(vocabulary, size, generator=generator) * 0.3).to(dtype)
+    return hidden, weight, torch.randint(0, vocabulary, (rows,), generator=generator)
+
+
+def run(hidden, weight, ids, allowed=None, backend="cpu"):
+    """Values, entropy and both gradients of a fixed function of them."""
+    hidden, weight = (x.detach().clone().requires_grad_() for x in (hidden, weight))
+    values, entropy = linear_logprobs(
+        hidden, weight, ids, allowed=allowed, entropy=True, backend=backend
+    )
+    (values.sum() - 0.3 * entropy.sum()).backward()
+    return values.detach(), entropy.detach(), hidden.grad, weight.grad
+
+
+def half_restricted(ids, vocabulary):
+    return AllowedTokens.from_lists(
+        [None if r % 2 else {int(i), *range(r % 7, vocabulary, 9)} for r, i in enumerate(ids)]
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gather_on_every_isa(isa, dtype):
+    logits = (torch.randn(5, 4133) * 4).to(dtype)
+    ids = torch.randint(0, 4133, (5, 2))
+    truth = logits.double().log_softmax(-1)
+    leaf = logits.clone().requires_grad_()
+    values, entropy = gather_logprobs(leaf, ids, entropy=True, backend="cpu")
+    torch.testing.assert_close(values.double(), truth.gather(-1, ids), atol=2e-6, rtol=2e-7)
+    torch.testing.assert_close(
+        entropy.double(), -(truth.exp() * truth).sum(-1), atol=2e-6, rtol=1e-6
+    )
+    (gradient,) = torch.autograd.grad(values[:, 0].sum(), leaf)
+    expected = torch.nn.functional.one_hot(ids[:, 0], 4133) - truth.exp()
+    tolerance = 1e-6 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(gradient.double(), expected, atol=1e-7, rtol=tolerance)
+
+
+def test_exp_error_bound(isa):
+    # In the row [0, x] the gradient of the first log-prob in x is -exp(x) / (1 + exp(x)).
+    x = torch.linspace(-80, 0, 20_001)
+    logits = torch.stack([torch.zeros_like(x), x], -1).requires_grad_()
+    values = gather_logprobs(logits, torch.zeros(len(x), dtype=torch.long), backend="cpu")
+    (gradient,) = torch.autograd.grad(values.sum(), logits)
+    expected = -torch.sigmoid(x.double())
+    error = (gradient[:, 1].double() / expected - 1).abs().max()
+    # 2^-22 of exp, and one rounding each of the sum, its reciprocal and the product
+    assert error < 2**-22 + 3 * 2**-24
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(70, 100, 600), (33, 64, 257)])
+def test_linear_on_every_isa_is_as_good_as_torch(isa, dtype, shape):
+    hidden, weight, ids = head(*shape, dtype)
+    truth = run(hidden.double(), weight.double(), ids, backend="reference")
+    ours = run(hidden, weight, ids)
+
+    h, w = (x.clone().requires_grad_() for x in (hidden, weight))
+    logp = torch.nn.functional.linear(h, w).log_softmax(-1)
+    values, entropy = logp.gather(-1, ids[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+    (values.sum() - 0.3 * entropy.sum()).backward()
+    peer = values.detach(), entropy.detach(), h.grad, w.grad
+
+    for got, other, expected, factor in zip(ours, peer, truth, (2, 2, 3, 3), strict=True):
+        error = (got.double() - expected).abs().max()
+        assert error <= factor * (other.double() - expected).abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_change_nothing(isa, threads, dtype):
+    hidden, weight, ids = head(300, 70, 700, dtype)
+    allowed = half_restricted(ids, 700)
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        results.append(run(hidden, weight, ids, allowed))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_batch_split_changes_no_value_and_no_hidden_gradient(isa, dtype):
+    hidden, weight, ids = head(150, 70, 700, dtype)
+    allowed = half_restricted(ids, 700)
+    whole = run(hidden, weight, ids, allowed)
+    for start, stop in ((0, 1), (1, 40), (40, 150)):
+        rows = slice(start, stop)
+        part = run(hidden[rows], weight, ids[rows], allowed[rows])
+        assert all(torch.equal(a, b[rows]) for a, b in zip(part[:3], whole[:3], strict=True))
+
+
+def test_masked_and_restricted_rows_leave_the_others_alone(isa):
+    hidden, weight, ids = head(90, 40, 300)
+    mask = torch.arange(90) % 3 != 0
+    masked = linear_logprobs(hidden, weight, ids, mask=mask, backend="cpu")
+    alone = linear_logprobs(hidden[mask], weight, ids[mask], backend="cpu")
+    assert torch.equal(masked[mask], alone)
+
+
+def test_a_token_outside_its_permitted_ids_is_impossible(isa):
+    hidden, weight, ids = head(3, 8, 20)
+    allowed = AllowedTokens.from_lists([[int(i + 1) % 20] for i in ids])
+    assert (linear_logprobs(hidden, weight, ids, allowed=allowed) == float("-inf")).all()
+
+
+def test_poisoned_heads_give_nan(isa):
+    hidden, weight, ids = head(40, 16, 300)
+    weight[7, 3] = float("nan")
+    assert linear_logprobs(hidden, weight, ids, backend="cpu").isnan().all()
+    bias = torch.full((300,), float("-inf"))
+    clean = head(40, 16, 300)[1]
+    assert linear_logprobs(hidden, clean, ids, bias=bias, backend="cpu").isnan().all()
+    bias[5:] = 0
+    values, entropy = linear_logprobs(
+        hidden, clean, ids.clamp_min(5), bias=bias, entropy=True, backend="cpu"
+    )
+    kept = torch.log_softmax(hidden @ clean[5:].T, -1)
+    expected = kept.gather(-1, (ids.clamp_min(5) - 5)[:, None])[:, 0]
+    torch.testing.assert_close(values, expected, atol=1e-5, rtol=1e-5)
+    assert entropy.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 20.0])
+def test_no_log_prob_above_zero_in_a_million(scale):
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        logits = torch.randn(62_500, 9, generator=generator) * scale
+        every = torch.arange(9).expand(62_500, 4, 9)[:, 0]
+        assert (gather_logprobs(logits, every, backend="cpu") <= 0).all()
+        hidden, weight, ids = head(62_500, 5, 9, seed=seed)
+        assert (linear_logprobs(hidden * scale, weight, ids, backend="cpu") <= 0).all()
+
+
+def test_strided_and_transposed_heads():
+    hidden, weight, ids = head(20, 48, 300)
+    wide = torch.zeros(300, 60)
+    wide[:, :48] = weight
+    expected = linear_logprobs(hidden, weight, ids, backend="cpu")
+    assert torch.equal(linear_logprobs(hidden, wide[:, :48], ids, backend="cpu"), expected)
+    turned = weight.T.contiguous().T
+    assert torch.equal(linear_logprobs(hidden, turned, ids, backend="cpu"), expected)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_opcheck():
+    hidden, weight, ids = head(6, 8, 20)
+    mask = torch.arange(6) != 2
+    allowed = half_restricted(ids, 20)
+    rows = (mask, allowed.offsets, allowed.ids, True)
+    logits = (hidden @ weight.T).requires_grad_()
+    torch.library.opcheck(
+        torch.ops.deeprec.gather_logprobs.default, (logits, ids[:, None], 0.8, *rows)
+    )
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    bias = torch.zeros(20, requires_grad=True)
+    torch.library.opcheck(
+        torch.ops.deeprec.linear_logprobs.default, (*leaves, ids, bias, 0.8, *rows)
+    )
+
+
+MEMORY = """
+import resource, torch
+from deeprec import linear_logprobs
+torch.set_num_threads(1)
+rows, size, vocabulary = 512, 64, 40_000
+hidden = torch.randn(rows, size, requires_grad=True)
+weight = torch.randn(vocabulary, size, requires_grad=True)
+ids = torch.randint(0, vocabulary, (rows,))
+linear_logprobs(hidden[:32], weight[:64], ids[:32] % 64).sum().backward()
+hidden.grad = weight.grad = None
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+linear_logprobs(hidden, weight, ids).sum().backward()
+print((peak() - before) * 1024 - weight.grad.nbytes - hidden.grad.nbytes)
+"""
+
+
+def test_logits_are_never_in_memory():
+    extra = int(subprocess.check_output([sys.executable, "-c", MEMORY], text=True))
+    logits = 512 * 40_000 * 4
+    assert extra < logits / 5
+
+
+class LogprobHead(torch.nn.Linear):
+    """A head whose forward is the op, as FSDP wants it: parameters are whole in there."""
+
+    def forward(self, hidden, ids):
+        return linear_logprobs(hidden, self.weight, ids, bias=self.bias)
+
+
+def _train_sharded(rank, world, address):
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = LogprobHead(12, 40)
+    whole = copy.deepcopy(model)
+    mesh = torch.distributed.init_device_mesh("cpu", (world,))
+    fully_shard(model, mesh=mesh)
+    hidden, _, ids = head(8, 12, 40)
+    share = slice(rank * 4, rank * 4 + 4)
+    (-model(hidden[share], ids[share]).mean()).backward()
+    (-whole(hidden, ids).mean()).backward()
+    for got, expected in zip(model.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(got.grad.full_tensor(), expected.grad)
+    assert isinstance(model.weight, DTensor)
+    try:
+        linear_logprobs(hidden, model.weight, ids)
+    except TypeError as error:
+        assert "full_tensor" in str(error)
+    else:
+        raise AssertionError("a sharded head outside its module must be refused")
+    dist.destroy_process_group()
+
+
+def test_fsdp2_wrapped_head(tmp_path):
+    mp.spawn(_train_sharded, (2, f"file://{tmp_path}/store"), nprocs=2)
