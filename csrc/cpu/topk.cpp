@@ -64,6 +64,7 @@ struct Plan {
   const Request& request;
   const Kernels& kernels;
   bool use_codes;
+  int64_t k;       // what is asked for, or all there is
   int64_t groups;  // of kGroupRows rows
   int64_t chunk;   // groups
   Grid grid;
@@ -71,8 +72,8 @@ struct Plan {
 
 Plan make_plan(const Index& index, const Request& request) {
   const int64_t n = index.rows.count, groups = (n + kGroupRows - 1) / kGroupRows;
-  const bool use_codes = index.filter.codes && n >= kSmallestTable &&
-                         request.k <= n / kLargestShare;
+  const int64_t k = std::max<int64_t>(1, std::min(request.k, n));
+  const bool use_codes = index.filter.codes && n >= kSmallestTable && k <= n / kLargestShare;
   const int64_t row_bytes =
       use_codes ? code_shape(index.rows.dim).quads * 4
                 : index.rows.dim * (index.rows.type == Dtype::f32 ? 4 : 2);
@@ -81,7 +82,7 @@ Plan make_plan(const Index& index, const Request& request) {
   Grid grid;
   grid.query_parts = std::min(threads, std::max<int64_t>(1, request.count / kQueriesPerThread));
   grid.item_parts = std::max<int64_t>(1, std::min(threads / grid.query_parts, groups));
-  return {index, request, active_kernels(), use_codes, groups,
+  return {index, request, active_kernels(), use_codes, k, groups,
           std::max<int64_t>(8, cache_bytes() / 2 / (kGroupRows * row_bytes)), grid};
 }
 
@@ -97,7 +98,7 @@ class Cell {
       : plan_(plan), queries_(queries), lists_(lists), group_begin_(group_begin),
         group_end_(group_end), shape_(code_shape(plan.index.rows.dim)),
         table_{plan.index.filter.codes, plan.index.filter.bounds, shape_.quads, shape_.steps},
-        rescorer_(plan.kernels, plan.index.rows, CandidateList::capacity(plan.request.k)),
+        rescorer_(plan.kernels, plan.index.rows, CandidateList::capacity(plan.k)),
         hits_(size_t(std::max(kHits, kMaxTile * kGroupRows))),
         buffer_{hits_.data(), int64_t(hits_.size()), 0} {
     const int64_t width = plan.kernels.tile;
@@ -161,7 +162,7 @@ class Cell {
   // A first threshold: k rows of a sample have lower bounds that large.
   void start(const Span& span) {
     Tile& tile = *span.coded;
-    const int64_t k = plan_.request.k, groups = group_end_ - group_begin_;
+    const int64_t k = plan_.k, groups = group_end_ - group_begin_;
     const double rows = kSampleFactor * std::sqrt(double(k) * double(groups * kGroupRows));
     const int64_t sampled = std::min(groups / 2, int64_t(rows) / kGroupRows);
     const int64_t lanes = (2 * k + kGroupRows - 1) / kGroupRows * kGroupRows;
@@ -229,8 +230,8 @@ class Cell {
 
   void add(int64_t query, CandidateList& list, const Candidate& candidate) {
     if (candidate.upper < list.threshold) return;
-    if (list.count == CandidateList::capacity(plan_.request.k))
-      list.make_room(plan_.request.k, rescorer_, queries_[query].exact);
+    if (list.count == CandidateList::capacity(plan_.k))
+      list.make_room(plan_.k, rescorer_, queries_[query].exact);
     list.items[list.count++] = candidate;
   }
 
@@ -261,7 +262,7 @@ class Cell {
     const int64_t last = std::min(end * kGroupRows, plan_.index.rows.count);
     const double* exact[kMaxTile];
     for (int j = 0; j < span.count; ++j) exact[j] = queries_[span.first + j].exact;
-    int64_t step = list(span, 0).count < plan_.request.k ? 32 : kHits / span.count;
+    int64_t step = list(span, 0).count < plan_.k ? 32 : kHits / span.count;
     for (int64_t p = begin * kGroupRows; p < last;) {
       float thresholds[kMaxTile];
       for (int j = 0; j < span.count; ++j) thresholds[j] = list(span, j).threshold;
@@ -300,7 +301,7 @@ class Cell {
 // The k best of a query's candidates, exactly, into its row of the answer.
 void finish(const Plan& plan, const Queries& queries, const std::vector<CandidateList>& lists,
             int64_t query, std::vector<Candidate>& all, Rescorer& rescorer, const Answer& answer) {
-  const int64_t k = plan.request.k, count = plan.request.count;
+  const int64_t k = plan.k, asked = plan.request.k, count = plan.request.count;
   all.clear();
   float threshold = -kInfinity;
   int64_t rescored = 0;
@@ -323,9 +324,9 @@ void finish(const Plan& plan, const Queries& queries, const std::vector<Candidat
   rescored += rescorer.resolve(c, n, queries[query].exact);
   const int64_t kept = std::min(k, n);
   std::partial_sort(c, c + kept, c + n, ranks_before);
-  float* values = answer.values + query * k;
-  int64_t* indices = answer.indices + query * k;
-  for (int64_t i = 0; i < k; ++i) {
+  float* values = answer.values + query * asked;
+  int64_t* indices = answer.indices + query * asked;
+  for (int64_t i = 0; i < asked; ++i) {
     values[i] = i < kept ? c[i].lower : -kInfinity;
     indices[i] = i < kept ? int64_t(c[i].id) : -1;
   }
@@ -351,7 +352,7 @@ void search(const Index& index, const Request& request, const Answer& answer) {
   const Plan plan = make_plan(index, request);
   const Grid grid = plan.grid;
   Queries queries(index, request);
-  const int64_t capacity = CandidateList::capacity(request.k), count = request.count;
+  const int64_t capacity = CandidateList::capacity(plan.k), count = request.count;
   std::vector<CandidateList> lists(size_t(grid.item_parts * count));
   std::vector<Candidate> storage(lists.size() * size_t(capacity));
   for (size_t i = 0; i < lists.size(); ++i) lists[i].items = &storage[i * size_t(capacity)];
