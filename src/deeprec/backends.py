@@ -15,7 +15,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["available", "explain", "isa", "op_table", "register", "reset_op_table", "select", "timed"]
+__all__ = [
+    "available",
+    "explain",
+    "isa",
+    "op_table",
+    "register",
+    "reset_op_table",
+    "select",
+    "timed",
+]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,36 @@ from deeprec.ops.logprob_checks import (
 from deeprec.ops.reference import logprobs as reference
 
 __all__ = ["linear_logprobs"]
+
+
+@overload
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float = ...,
+    mask: Tensor | None = ...,
+    allowed: AllowedTokens | None = ...,
+    entropy: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float = ...,
+    mask: Tensor | None = ...,
+    allowed: AllowedTokens | None = ...,
+    entropy: bool,
+    backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def linear_logprobs(

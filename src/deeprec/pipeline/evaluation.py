@@ -1,7 +1,8 @@
-"""Evaluation of a run: baselines, the policy after every stage, and what the interaction is worth."""
+"""Evaluation of a run: baselines, the policy after every stage, what the interaction is worth."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -59,7 +60,7 @@ def evaluate_run(parts: Parts) -> dict[str, Any]:
     final = f"policy_{last}"
     comparisons = [(final, "trm"), (final, f"policy_{INITIAL}")]
     names = [f"policy_{INITIAL}", *(f"policy_{stage.name}" for stage in config.stages)]
-    comparisons += [(b, a) for a, b in zip(names, names[1:], strict=False)]
+    comparisons += [(b, a) for a, b in itertools.pairwise(names)]
     rivals = ("popularity_recent", "trm_date", "lm", "lm_rerank")
     comparisons += [(final, name) for name in rivals if name in systems]
     if config.eval.ablations:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Literal
 
 import numpy as np
-import torch
 
 from deeprec.data import Requests
 from deeprec.pipeline.parts import Parts, save_policy
@@ -47,7 +46,8 @@ def train_recommenders(parts: Parts) -> None:
     the data, so that the recommender learns how far such preferences can be trusted.
     """
     config = parts.config
-    missing = [name for name in ("rl", "valid") if not (parts.folder.trm / name).is_dir()]
+    holdouts: tuple[Literal["rl", "valid"], ...] = ("rl", "valid")
+    missing = [name for name in holdouts if not (parts.folder.trm / name).is_dir()]
     if not missing:
         return
     written = []
@@ -111,7 +111,7 @@ def reinforce(parts: Parts, stage: StageConfig, before: str, requests: Requests)
     if target.is_dir():
         return
     config = parts.config
-    policy = parts.load_stage(before).to(torch.float32)
+    policy = parts.load_stage(before).float()
     trainer = Trainer(
         policy,
         parts.engine(policy, config.sampling),

@@ -36,19 +36,21 @@ def notes(results: Mapping[str, Any], stages: list[str]) -> list[str]:
     found = []
     if "lm" in mean:
         found.append(
-            f"The date of a request: the recommender does not know it, the policy does. Given it, "
-            f"the recommender reaches {mean['trm_date']:.4f} NDCG@10 (without it {mean['trm']:.4f}), "
-            f"popularity in the last days alone {mean['popularity_recent']:.4f}; the language model "
-            f"that the policy was before it ever talked to the recommender {mean['lm']:.4f}, and "
-            f"{mean['lm_rerank']:.4f} when it re-ranks the recommender's first list."
+            "The date of a request: the recommender does not know it, the policy does. Given it, "
+            f"the recommender reaches {mean['trm_date']:.4f} NDCG@10 (without it "
+            f"{mean['trm']:.4f}), popularity in the last days alone "
+            f"{mean['popularity_recent']:.4f}; the language model that the policy was before it "
+            f"ever talked to the recommender {mean['lm']:.4f}, and {mean['lm_rerank']:.4f} when "
+            "it re-ranks the recommender's first list."
         )
     path = " → ".join(f"{mean[f'policy_{name}']:.4f}" for name in (INITIAL, *stages))
     gain = results["paired"].get(f"{final}_vs_{initial}")
     if gain is not None:
         rl = gain["ndcg@10"]
         found.append(
-            f"Supervision gave the policy {mean[initial]:.4f}; reinforcement learning changed it by "
-            f"{rl['difference']:+.4f} [{rl['low']:+.4f}, {rl['high']:+.4f}] (stage by stage: {path})."
+            f"Supervision gave the policy {mean[initial]:.4f}; reinforcement learning changed it "
+            f"by {rl['difference']:+.4f} [{rl['low']:+.4f}, {rl['high']:+.4f}] (stage by stage: "
+            f"{path})."
         )
     worth = [
         f"{text} {mean[f'{final}_{name}']:.4f}"

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 __all__ = ["TitlePolicyConfig", "build_title_policy", "dropout"]
 
@@ -65,7 +65,7 @@ def build_title_policy(
 
 
 @contextmanager
-def dropout(model: Qwen2ForCausalLM, embedding: float, residual: float) -> Iterator[None]:
+def dropout(model: PreTrainedModel, embedding: float, residual: float) -> Iterator[None]:
     """Train with dropout, which Qwen2 itself has on attention weights only.
 
     ``embedding`` acts on the input embeddings and the last hidden state, ``residual`` on what each

@@ -9,15 +9,17 @@ week it was taken in.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from rich.progress import track
-from transformers import Qwen2ForCausalLM
+from transformers import PreTrainedModel
 
 from deeprec.data import Dataset, Requests
 from deeprec.eval import evaluate_ranking
@@ -62,18 +64,18 @@ def _windows(
     offsets, items, timestamps = dataset.train()
     dated = tokens.dated(items, timestamps)
     windows = []
-    for first, last in zip(offsets[:-1], offsets[1:], strict=True):
+    for first, last in itertools.pairwise(offsets):
         # A random phase, so that long histories are not always cut at the same items.
         phase = int(rng.integers(config.window)) if last - first > config.window else 0
         for start in range(int(first) - phase, int(last), config.window):
             window = dated[2 * max(start, int(first)) : 2 * min(start + config.window, int(last))]
             if len(window) >= 4:
                 windows.append(window)
-    rng.shuffle(windows)  # type: ignore[arg-type]
+    rng.shuffle(windows)
     windows.sort(key=lambda window: len(window) + 8 * rng.random())
     size = config.batch_size
     batches = [windows[i : i + size] for i in range(0, len(windows), size)]
-    rng.shuffle(batches)  # type: ignore[arg-type]
+    rng.shuffle(batches)
     return batches
 
 
@@ -88,7 +90,7 @@ def padded(rows: list[npt.NDArray[np.int64]], pad: int) -> torch.Tensor:
 
 @torch.inference_mode()
 def next_item_logits(
-    model: Qwen2ForCausalLM,
+    model: PreTrainedModel,
     prompts: TitlePrompt,
     requests: Requests,
     batch_size: int = 256,
@@ -121,7 +123,7 @@ def next_item_logits(
 
 @torch.inference_mode()
 def sequence_logits(
-    model: Qwen2ForCausalLM,
+    model: PreTrainedModel,
     prompts: TitlePrompt,
     dataset: Dataset,
     held_out: int,
@@ -171,12 +173,12 @@ def _rows(
     return dataset.items[start:end], dataset.timestamps[start:end]
 
 
-def _validation_ndcg(model: Qwen2ForCausalLM, prompts: TitlePrompt, requests: Requests) -> float:
+def _validation_ndcg(model: PreTrainedModel, prompts: TitlePrompt, requests: Requests) -> float:
     top = next_item_logits(model, prompts, requests).topk(10).indices.numpy()
     return float(evaluate_ranking(top, requests.targets).values["ndcg@10"].mean())
 
 
-def _loss(model: Qwen2ForCausalLM, batch: torch.Tensor, pad: int) -> torch.Tensor:
+def _loss(model: PreTrainedModel, batch: torch.Tensor, pad: int) -> torch.Tensor:
     """Mean cross entropy of the titles in ``batch`` [B, 2n] given everything before each."""
     with torch.autocast("cpu", torch.bfloat16):
         hidden = model.model(batch, use_cache=False).last_hidden_state
@@ -187,7 +189,7 @@ def _loss(model: Qwen2ForCausalLM, batch: torch.Tensor, pad: int) -> torch.Tenso
 
 
 def pretrain(
-    model: Qwen2ForCausalLM,
+    model: PreTrainedModel,
     prompts: TitlePrompt,
     dataset: Dataset,
     config: PretrainConfig,
@@ -202,11 +204,12 @@ def pretrain(
     pad = int(prompts.tokens.tokenizer.pad_token_id)
     users = rng.permutation(dataset.n_users)[: config.validation_users]
     validation = dataset.requests("valid", users)
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in model.parameters() if p.ndim > 1]},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in model.parameters() if p.ndim > 1]},
-            {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
-        ],
+        groups,
         lr=config.learning_rate,
         betas=(0.9, 0.98),
         weight_decay=config.weight_decay,

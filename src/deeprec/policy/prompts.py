@@ -20,7 +20,8 @@ class TitleTokens:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, catalog: Catalog) -> None:
         self.tokenizer = tokenizer
-        ids = tokenizer.convert_tokens_to_ids(list(catalog.titles))
+        vocabulary = tokenizer.get_vocab()
+        ids = [vocabulary[title] for title in catalog.titles]
         self.titles = np.array([tokenizer.pad_token_id, *ids], dtype=np.int64)
         self._weeks: dict[str, int] = {}
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from rich.progress import track
-from transformers import Qwen2ForCausalLM
+from transformers import PreTrainedModel
 
 from deeprec.data import Catalog, Dataset, Requests
 from deeprec.ops import linear_logprobs
@@ -117,7 +117,7 @@ def preference_from_titles(
 
 
 def written_preferences(
-    model: Qwen2ForCausalLM,
+    model: PreTrainedModel,
     prompts: TitlePrompt,
     dataset: Dataset,
     config: WarmStartConfig,
@@ -237,12 +237,12 @@ def _batches(
         if end == len(order) or (end + 1 - start) * lengths[order[start : end + 1]].max() > tokens:
             batches.append(order[start:end])
             start = end
-    rng.shuffle(batches)  # type: ignore[arg-type]
+    rng.shuffle(batches)
     yield from batches
 
 
 def _loss(
-    model: Qwen2ForCausalLM,
+    model: PreTrainedModel,
     talks: list[_Conversation],
     beliefs: npt.NDArray[np.float32],
     titles: torch.Tensor,
@@ -295,7 +295,7 @@ def _training_requests(
 
 @torch.inference_mode()
 def _beliefs(
-    model: Qwen2ForCausalLM,
+    model: PreTrainedModel,
     prompts: TitlePrompt,
     trm: PreferenceAwareTRM,
     requests: Requests,
@@ -312,7 +312,7 @@ def _beliefs(
 
 
 def warm_start(
-    model: Qwen2ForCausalLM,
+    model: PreTrainedModel,
     prompts: TitlePrompt,
     env: RetrievalEnvironment,
     dataset: Dataset,
@@ -331,8 +331,8 @@ def warm_start(
     talks: list[_Conversation] = []
     chunk = 512
     for start in track(range(0, len(requests), chunk), "Writing warm-start conversations"):
-        rows = slice(start, start + chunk)
-        talks += writer.write(requests[rows], beliefs[rows])
+        part = slice(start, start + chunk)
+        talks += writer.write(requests[part], beliefs[part])
     if config.knowledge == "none":
         beliefs = np.where(np.isfinite(beliefs), np.float32(0), beliefs)
 

@@ -15,8 +15,8 @@ from deeprec.ops import SeenItems
 from deeprec.rollout.protocol import clean_preference, observation_text
 
 if TYPE_CHECKING:
-    from deeprec.text import SentenceEncoder
     from deeprec.trm import PreferenceAwareTRM
+    from deeprec.trm.phrases import TextEncoder
 
 __all__ = [
     "EnvironmentOptions",
@@ -96,7 +96,7 @@ class RetrievalEnvironment:
         self,
         trm: PreferenceAwareTRM,
         catalog: Catalog,
-        encoder: SentenceEncoder,
+        encoder: TextEncoder,
         k: int = 20,
         max_calls: int = 8,
         *,
