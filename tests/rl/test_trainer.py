@@ -168,7 +168,7 @@ def test_divergence_stops_before_the_update(
     monkeypatch.setattr(trainer.reward_model, "score", scored)
     message = {
         "reward": r"step 3: reward_model gave user \d+ a reward of nan",
-        "loss": r"step 3: loss is nan, the update was not applied",
+        "loss": r"step 3: loss is -inf, the update was not applied",
     }
     with pytest.raises(TrainingDiverged, match=message[what]):
         train(trainer, resume=True)
