@@ -41,6 +41,13 @@ def test_examples_are_all_positions_before_the_held_out_items(dataset: Dataset) 
     assert np.array_equal(np.sort(rows), expected)
 
 
+def test_the_last_examples_of_each_user(dataset: Dataset) -> None:
+    everything, last = (Examples(dataset, 2, 5, per_user) for per_user in (None, 2))
+    users = np.searchsorted(dataset.offsets, everything.rows, side="right") - 1
+    expected = np.concatenate([everything.rows[users == u][-2:] for u in np.unique(users)])
+    assert np.array_equal(last.rows, expected)
+
+
 def test_histories_are_what_came_before(dataset: Dataset) -> None:
     examples = Examples(dataset, held_out=2, max_length=5)
     batch = examples.batch(examples.rows[::7])

@@ -37,16 +37,21 @@ class Batch(NamedTuple):
 
 
 class Examples:
-    """The examples of a data set without the last ``held_out`` items of each user."""
+    """The last ``per_user`` examples of each user, without the last ``held_out`` items."""
 
-    def __init__(self, dataset: Dataset, held_out: int, max_length: int) -> None:
+    def __init__(
+        self, dataset: Dataset, held_out: int, max_length: int, per_user: int | None = None
+    ) -> None:
         self._items = dataset.items
         self._max_length = max_length
         starts = np.repeat(dataset.offsets[:-1], np.diff(dataset.offsets))
         ends = np.repeat(dataset.offsets[1:], np.diff(dataset.offsets)) - held_out
         rows = np.arange(len(dataset.items))
         self.position = rows - starts
-        self.rows = rows[(self.position > 0) & (rows < ends)]
+        used = (self.position > 0) & (rows < ends)
+        if per_user is not None:
+            used &= rows >= ends - per_user
+        self.rows = rows[used]
         if not len(self.rows):
             raise ValueError(
                 f"no training examples: no user has more than {held_out + 1} interactions, and "

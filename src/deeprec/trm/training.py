@@ -55,6 +55,8 @@ class TRMTrainConfig:
     n_experts: int = 8
     max_length: int = 20
     """Histories are cut to their last items, so many."""
+    examples_per_user: int | None = None
+    """Only the last so many positions of each user are trained on; None is all of them."""
     dropout: float = 0.3
     adaptor_dropout: float = 0.2
     mix: PreferenceMix = field(default_factory=PreferenceMix)
@@ -125,7 +127,9 @@ def train_trm(
     torch.manual_seed(config.seed)
     rng = np.random.default_rng(config.seed)
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    examples = Examples(dataset, HELD_OUT[config.holdout], config.max_length)
+    examples = Examples(
+        dataset, HELD_OUT[config.holdout], config.max_length, config.examples_per_user
+    )
     validation = dataset.requests("valid", max_history=config.max_length)
     item_texts = encoder.encode(dataset.catalog.encoder_texts())
     preferences = _Preferences(dataset, encoder, item_texts, config, extra_preferences)
