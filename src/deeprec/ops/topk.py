@@ -210,8 +210,8 @@ def item_rows(items: Tensor) -> _C.ItemRows:
 
 
 def prefilter_view(table: list[Tensor] | None) -> _C.Prefilter:
-    """The kernels' view of an index's codes, bounds, order and center."""
-    return _C.Prefilter(*map(_pointer, table if table is not None else (None,) * 4))
+    """The kernels' view of an index's codes, bounds, order and center; None or [] is without."""
+    return _C.Prefilter(*map(_pointer, table or (None,) * 4))
 
 
 def _run_cpu(
