@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, set_parsing_settings
 
 from deeprec import __version__
 
@@ -25,6 +25,7 @@ def _parsers() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
     """The whole command line, and the parser of each command."""
     from deeprec.pipeline.config import RunConfig
 
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the help of each option
     parser = ArgumentParser(
         prog="deeprec",
         description="A language model and a recommender explore an item catalogue together, "
@@ -81,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from deeprec.data import DataError, load_dataset
     from deeprec.pipeline.config import RunConfig
+    from deeprec.pipeline.folder import RunFolder
     from deeprec.pipeline.run import Run, RunFolderError
     from deeprec.rl import CheckpointError, TrainingDiverged, TrainingInterrupted
 
@@ -88,7 +90,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parsed[command].clone()
     resume = options.pop("resume")
     options.pop("config")
-    values = vars(by_name[command].instantiate(options))
+    try:
+        values = vars(by_name[command].instantiate(options))
+    except ValueError as error:  # of an option that has the right type
+        by_name[command].error(str(error))
     config = RunConfig(**{key: value for key, value in values.items() if key != "config"})
     try:
         if command == "data":
@@ -99,10 +104,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command
         ]()
     except (TrainingInterrupted, KeyboardInterrupt) as stop:
-        print(f"\nInterrupted. {stop} Go on with: deeprec {command} --resume", file=sys.stderr)
+        kept = RunFolder.of(config).config
+        again = f" Go on with: deeprec {command} --config {kept} --resume" if kept.exists() else ""
+        print(f"\nInterrupted. {stop}{again}", file=sys.stderr)
         return 130
     except (
-        DataError, RunFolderError, CheckpointError, TrainingDiverged, FileNotFoundError
+        DataError, RunFolderError, CheckpointError, TrainingDiverged, ImportError, OSError
     ) as error:  # fmt: skip
         print(f"deeprec {command}: {error}", file=sys.stderr)
         return 1

@@ -6,6 +6,10 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from deeprec.pipeline.config import RunConfig
 
 __all__ = ["RunFolder"]
 
@@ -22,6 +26,11 @@ class RunFolder:
         self.trajectories = root / "trajectories.jsonl"
         self.metrics = root / "metrics.json"
         self.report = root / "report.html"
+
+    @classmethod
+    def of(cls, config: RunConfig) -> RunFolder:
+        """The folder that a configuration names."""
+        return cls(Path(config.out or Path("runs") / config.name))
 
     def stage(self, name: str) -> Path:
         """Folder of the policy as it was after a stage."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import torch
 import yaml
@@ -46,7 +45,7 @@ class Run:
 
     def __init__(self, config: RunConfig, *, resume: bool = False) -> None:
         self.config = config
-        self.folder = RunFolder(Path(config.out or Path("runs") / config.name))
+        self.folder = RunFolder.of(config)
         self._open(resume)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -88,7 +87,7 @@ class Run:
     def policy(self) -> None:
         """Everything up to the policy after the last stage."""
         self.recommenders()
-        heading("Warm start")
+        heading("Warm start" if self.parts.from_scratch else "Loading the policy")
         initial_policy(self.parts)
         before = INITIAL
         for stage, requests in zip(self.config.stages, stage_requests(self.parts), strict=True):
