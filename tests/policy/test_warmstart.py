@@ -62,6 +62,16 @@ def test_conversations_obey_the_rules(world: World, knowledge: str) -> None:
     assert set(turns) == {1, 2, 3}
 
 
+def test_a_catalogue_that_is_exhausted_ends_the_questions(world: World) -> None:
+    world.env.k = 12  # 24 items: a second answer brings what is left, and a third has nothing
+    requests, talks = written(world, replace(CONFIG, titles=8))
+    for row, talk in enumerate(talks):
+        history = requests.history[row].tolist()
+        left = {*range(1, 25)} - {*history}
+        assert set(talk.retrieved) <= left and len(set(talk.retrieved)) == len(talk.retrieved)
+        assert all(talk.ids[due.position] != 0 for due in talk.titles)
+
+
 def test_only_the_policys_own_tokens_are_learnt(world: World) -> None:
     requests, talks = written(world, CONFIG)
     decode = world.prompts.tokens.tokenizer.decode

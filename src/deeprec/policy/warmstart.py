@@ -188,6 +188,8 @@ class _Writer:
             scores = beliefs[row].copy()
             scores[talk.retrieved] = -np.inf
             named = self._draw(scores, self.config.titles)
+            if not len(named):
+                continue  # a small catalogue is exhausted: there is nothing left to ask for
             preference = preference_from_titles(self.env.catalog, named, self.words)
             seen = requests.history[row]
             talk.policy(self.encode(ASK) + self.encode(protocol.PREFERENCE_OPEN))
@@ -219,11 +221,15 @@ class _Writer:
         talk.policy(self.encode("\n") + self.encode(protocol.LIST_CLOSE))
 
     def _draw(self, scores: npt.NDArray[np.float32], n: int) -> npt.NDArray[np.int64]:
-        """``n`` different items, drawn from the softmax of ``scores`` (Gumbel top-k)."""
+        """``n`` different items, drawn from the softmax of ``scores`` (Gumbel top-k).
+
+        Fewer where fewer have finite scores.
+        """
         noise = self.draws.gumbel(size=scores.shape)
         if self.config.knowledge == "none":
             scores = np.where(np.isfinite(scores), np.float32(0), scores)
-        return np.argsort(-(scores + noise), kind="stable")[:n]
+        order = np.argsort(-(scores + noise), kind="stable")[:n]
+        return order[np.isfinite(scores[order])]
 
 
 def _batches(
