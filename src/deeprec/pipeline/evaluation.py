@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from deeprec.data import Requests
 from deeprec.eval import (
@@ -114,7 +115,7 @@ def _language_model(parts: Parts, requests: Requests) -> dict[str, UserMetrics]:
     logits = next_item_logits(model, parts.title_prompts, requests, exclude_history=exclude)
     calls = [ToolCall(row, 0, "") for row in range(len(requests))]
     answers = parts.environment("valid").observe(requests, calls)
-    shown = torch.tensor([answer.items for answer in answers])
+    shown = pad_sequence([torch.tensor(answer.items) for answer in answers], batch_first=True)
     order = logits.gather(1, shown).argsort(dim=1, descending=True, stable=True)
     reranked = shown.gather(1, order).numpy()
     top = logits.topk(protocol.LIST_LENGTH).indices.numpy()
