@@ -146,12 +146,16 @@ def test_linear_logprobs(table: Table, rows: int, size: int, vocabulary: int, dt
 def megabytes_of(name: str, rows: int, size: int, vocabulary: int, dtype: str) -> float:
     """Peak growth of forward + backward, run in this process, which does nothing else."""
     peer = linear_logprobs if name == "deeprec" else linear_peers()[name]
-    hidden = torch.randn(rows, size).to(DTYPES[dtype]).requires_grad_()
-    weight = torch.randn(vocabulary, size).to(DTYPES[dtype]).requires_grad_()
-    ids = torch.randint(0, vocabulary, (rows,))
-    # Code is loaded and thread pools are built on a small part first.
-    peer(hidden[:64], weight[:64], ids[:64] % 64).sum().backward()
-    hidden.grad = weight.grad = None
+
+    def problem(rows: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
+        # Drawn in its own dtype, so that no larger temporary has raised the peak already.
+        hidden = torch.randn(rows, size, dtype=DTYPES[dtype], requires_grad=True)
+        weight = torch.randn(vocabulary, size, dtype=DTYPES[dtype], requires_grad=True)
+        return hidden, weight, torch.randint(0, vocabulary, (rows,))
+
+    # Code is loaded and thread pools are built on a small problem first.
+    peer(*problem(64, 64)).sum().backward()
+    hidden, weight, ids = problem(rows, vocabulary)
 
     def peak() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -29,6 +29,11 @@ inline Vec load(const F16* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))};
 }
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+#if defined(__AVX512BF16__)
+inline void store(Bf16* p, Vec a) {
+  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a.v));
+}
+#else
 inline void store(Bf16* p, Vec a) {
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -38,6 +43,7 @@ inline void store(Bf16* p, Vec a) {
   rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0));
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(rounded));
 }
+#endif
 inline void store(F16* p, Vec a) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }

@@ -158,7 +158,7 @@ def test_no_log_prob_above_zero_in_a_million(scale):
     for seed in range(4):
         generator = torch.Generator().manual_seed(seed)
         logits = torch.randn(62_500, 9, generator=generator) * scale
-        every = torch.arange(9).expand(62_500, 4, 9)[:, 0]
+        every = torch.arange(9).expand(62_500, 9)
         assert (gather_logprobs(logits, every, backend="cpu") <= 0).all()
         hidden, weight, ids = head(62_500, 5, 9, seed=seed)
         assert (linear_logprobs(hidden * scale, weight, ids, backend="cpu") <= 0).all()

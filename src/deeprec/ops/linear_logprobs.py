@@ -71,7 +71,8 @@ def linear_logprobs(
     The negated result is the cross-entropy loss of each row. Products are accumulated and
     results returned in float32 (float64 if an input is, on the reference backend); under
     autocast, hidden and weight are first cast to its dtype, as ``torch.nn.functional.linear``
-    does. Differentiable in hidden, weight and bias, once; gradients have their dtypes.
+    does. A row whose hidden state, or any weight it reads, is not finite becomes NaN.
+    Differentiable in hidden, weight and bias, once; gradients have their dtypes.
 
     Args:
         hidden: ``[..., H]``, float32, bfloat16, float16 or float64.
