@@ -1,13 +1,12 @@
 """What only the C++ kernels promise: every instruction set, determinism, no logits in memory."""
 
-import copy
 import subprocess
 import sys
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
+from sharded_head import train_sharded
 
 from deeprec import _C, AllowedTokens, gather_logprobs, linear_logprobs
 
@@ -214,39 +213,5 @@ def test_logits_are_never_in_memory():
     assert extra < logits / 5
 
 
-class LogprobHead(torch.nn.Linear):
-    """A head whose forward is the op, as FSDP wants it: parameters are whole in there."""
-
-    def forward(self, hidden, ids):
-        return linear_logprobs(hidden, self.weight, ids, bias=self.bias)
-
-
-def _train_sharded(rank, world, address):
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DTensor
-
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model = LogprobHead(12, 40)
-    whole = copy.deepcopy(model)
-    mesh = torch.distributed.init_device_mesh("cpu", (world,))
-    fully_shard(model, mesh=mesh)
-    hidden, _, ids = head(8, 12, 40)
-    share = slice(rank * 4, rank * 4 + 4)
-    (-model(hidden[share], ids[share]).mean()).backward()
-    (-whole(hidden, ids).mean()).backward()
-    for got, expected in zip(model.parameters(), whole.parameters(), strict=True):
-        torch.testing.assert_close(got.grad.full_tensor(), expected.grad)
-    assert isinstance(model.weight, DTensor)
-    try:
-        linear_logprobs(hidden, model.weight, ids)
-    except TypeError as error:
-        assert "full_tensor" in str(error)
-    else:
-        raise AssertionError("a sharded head outside its module must be refused")
-    dist.destroy_process_group()
-
-
 def test_fsdp2_wrapped_head(tmp_path):
-    mp.spawn(_train_sharded, (2, f"file://{tmp_path}/store"), nprocs=2)
+    mp.spawn(train_sharded, (2, f"file://{tmp_path}/store"), nprocs=2)

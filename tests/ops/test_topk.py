@@ -240,7 +240,7 @@ def test_few_exact_scores_are_needed() -> None:
     tables = {
         "random": (unit, 4),
         "skewed": (unit * torch.randn(n, 1).exp(), 4),
-        "outlier dimension": (spread, 10),
+        "outlier dimension": (spread, 15),  # two threads, each with a threshold of its own
         "common part": (0.1 * unit + unit[:1], 4),
     }
     queries = torch.randn(16, dim)
