@@ -42,7 +42,7 @@ def median(values: list[float]) -> float:
 
 
 class Table:
-    """The rows measured in this session, and the machine's peaks measured beside them."""
+    """The rows measured in this run of pytest, and the machine's peaks measured beside them."""
 
     def __init__(self, *, short: bool, threads: int) -> None:
         self.short, self.threads = short, threads

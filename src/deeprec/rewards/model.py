@@ -47,7 +47,7 @@ class Rewards:
 
 
 class RewardModel:
-    """Rewards of conversations over one catalogue (METHOD: DeepRec, section "rewards").
+    """Rewards of conversations over one catalogue (DeepRec, arXiv 2505.16810).
 
     ``titles[i]`` is item i + 1. ``text_vectors`` [n_items + 1, P] and ``item_vectors``
     [n_items + 1, H] are indexed by item, row 0 standing for an unknown title; the point-wise
