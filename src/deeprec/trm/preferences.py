@@ -22,9 +22,9 @@ RECENT_ITEMS = 5  # a preference sums up the end of a history
 class PreferenceMix:
     """What preferences are made of. Shares of the examples; the rest has no preference."""
 
-    target: float = 0.2
+    target: float = 0.12
     """About the target's categories and year, and titles like it."""
-    history: float = 0.25
+    history: float = 0.33
     """About the user's last items."""
     wrong: float = 0.15
     """About the target of somebody else."""

@@ -55,21 +55,20 @@ class TRMTrainConfig:
     n_experts: int = 8
     max_length: int = 20
     """Histories are cut to their last items, so many."""
-    examples_per_user: int | None = 20
-    """Only the last so many positions of each user are trained on; None is all of them. The
-    oldest ones of the busiest users cost time and say little about today's requests."""
-    dropout: float = 0.4
+    examples_per_user: int | None = None
+    """Only the last so many positions of each user are trained on; None is all of them."""
+    dropout: float = 0.3
     adaptor_dropout: float = 0.2
     mix: PreferenceMix = field(default_factory=PreferenceMix)
     written_share: float = 0.5
     """Share of the examples with a policy-written preference that get it."""
     temperature: float = 0.07
     """Divides the cosine before the softmax."""
-    learning_rate: float = 3e-3
-    weight_decay: float = 0.1
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.0
     batch_size: int = 512
-    max_epochs: int = 12
-    patience: int = 3
+    max_epochs: int = 8
+    patience: int = 2
     """Training stops after so many epochs without a better validation NDCG@10."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the matrix products; "auto" is bf16 where the device computes in it."""
