@@ -116,7 +116,10 @@ def train_trm(
     *,
     extra_preferences: Sequence[WrittenPreference] = (),
 ) -> TrainedTRM:
-    """Train a TRM on a data set; what is held out is seen as neither input nor target.
+    """Train a TRM on a data set; no gradient comes from what is held out, as input or target.
+
+    The best epoch is chosen on the validation targets, whatever is held out; their histories
+    contain the RL targets.
 
     Preferences are embedded phrase by phrase (:class:`~deeprec.trm.PhraseEncoder`), and must be
     when the TRM answers. ``extra_preferences`` are ones that a policy wrote; those before
