@@ -1,6 +1,6 @@
 """Which implementation of an op runs, and why.
 
-One table maps an op to its backends in order of preference. An explicit choice
+One table maps an op to its backends, in the order of :data:`PREFERENCE`. An explicit choice
 (``backend=`` or the environment variable ``DEEPREC_BACKEND``) runs or raises; only the
 automatic choice falls through to the next backend, and :func:`explain` says what it chose
 and why the others were passed over.
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 __all__ = [
+    "PREFERENCE",
     "available",
     "explain",
     "isa",
@@ -25,6 +26,10 @@ __all__ = [
     "select",
     "timed",
 ]
+
+# CUDA C++ before Triton where both can run: it needs no compilation at run time. The reference
+# is the specification and runs where nothing else can.
+PREFERENCE = ("cuda", "triton", "cpu", "reference")
 
 
 @dataclass(frozen=True)
@@ -55,11 +60,17 @@ _COUNTS: dict[tuple[str, str], OpCount] = {}
 def register(
     op: str, name: str, run: Callable[..., Any], why_not: Callable[..., str | None]
 ) -> None:
-    """Add a backend to ``op``; backends registered first are preferred."""
+    """Add a backend to ``op``; ``name`` is one of :data:`PREFERENCE`, which orders them.
+
+    Raises ValueError for another name, or one that ``op`` has already.
+    """
+    if name not in PREFERENCE:
+        raise ValueError(f"backend {name!r} of op {op!r} is not one of {', '.join(PREFERENCE)}")
     backends = _TABLE.setdefault(op, [])
     if any(backend.name == name for backend in backends):
         raise ValueError(f"backend {name!r} of op {op!r} is registered twice")
     backends.append(Backend(op, name, run, why_not))
+    backends.sort(key=lambda backend: PREFERENCE.index(backend.name))
 
 
 def available() -> dict[str, list[str]]:
