@@ -56,7 +56,7 @@ void bind_topk(py::module_& m) {
            }),
            py::arg("codes"), py::arg("bounds"), py::arg("order"), py::arg("center"));
   m.def("topk_code_shape", [](int64_t count, int64_t dim) {
-    const int64_t blocks = (count + kGroupRows - 1) / kGroupRows * 2;
+    const int64_t blocks = (count + kBlockRows - 1) / kBlockRows;
     return std::make_tuple(blocks, code_shape(dim).quads, kBlockRows);
   });
   m.def("topk_row_norms",

@@ -34,8 +34,8 @@ inline uint32_t reach8(const int32_t* dots, __m256i need) {
   return ~uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(below))) & 0xff;
 }
 
-inline uint32_t reach(const int32_t* dots, int32_t first, int32_t second) {
-  const __m256i a = _mm256_set1_epi32(first), b = _mm256_set1_epi32(second);
-  return reach8(dots, a) | reach8(dots + 8, a) << 8 | reach8(dots + 16, b) << 16 |
-         reach8(dots + 24, b) << 24;
+inline uint32_t reach(const int32_t* dots, int32_t need) {
+  const __m256i least = _mm256_set1_epi32(need);
+  return reach8(dots, least) | reach8(dots + 8, least) << 8 | reach8(dots + 16, least) << 16 |
+         reach8(dots + 24, least) << 24;
 }

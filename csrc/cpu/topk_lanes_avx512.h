@@ -25,9 +25,8 @@ struct Lanes {
   }
 };
 
-inline uint32_t reach(const int32_t* dots, int32_t first, int32_t second) {
-  const __mmask16 low = _mm512_cmpge_epi32_mask(_mm512_load_si512(dots), _mm512_set1_epi32(first));
-  const __mmask16 high =
-      _mm512_cmpge_epi32_mask(_mm512_load_si512(dots + 16), _mm512_set1_epi32(second));
-  return uint32_t(low) | uint32_t(high) << 16;
+inline uint32_t reach(const int32_t* dots, int32_t need) {
+  const __m512i least = _mm512_set1_epi32(need);
+  return uint32_t(_mm512_cmpge_epi32_mask(_mm512_load_si512(dots), least)) |
+         uint32_t(_mm512_cmpge_epi32_mask(_mm512_load_si512(dots + 16), least)) << 16;
 }
