@@ -6,6 +6,8 @@
 //           the queries of live subtiles, and fills only those of the returned bit mask: it may
 //           leave out a query none of whose dots reaches need
 //   reach   which of a query's dots reach a threshold, as a bit mask
+//   subtile_thresholds   the integers that the dots of a subtile's queries must reach in a block,
+//           and whether any row of it can (topk_kernels.h has the formulas)
 // The order of the exact score is the contract of ops/reference/topk.py: lane j of 8 adds the
 // dimensions d = j (mod 8) ascending; lanes are summed ((0+4)+(2+6))+((1+5)+(3+7)); one rounding
 // to fp32. Products of two fp32 are exact in fp64, so fma and multiply-add agree.
@@ -140,31 +142,6 @@ void direct(const ItemRows& rows, const uint32_t* order, const double* const* qu
   }
 }
 
-// The integer each query's dots must reach in a block, and in `live` (a bit a subtile) whether any
-// row of it can: |dot| <= |query codes| |row codes| <= norm * (norm_b + error_b).
-// Conditions are integers and values selected, not branched on, so that this becomes vectors.
-inline uint64_t block_thresholds(const BlockBound& bound, const Tile& tile,
-                                 int32_t* __restrict need) {
-  const double inverse_scale = bound.inverse_scale, error = bound.error, norm = bound.norm;
-  uint64_t live = 0;
-  for (int j0 = 0; j0 < tile.count; j0 += kSubtile) {
-    int32_t reachable = 0;
-    for (int j = j0; j < j0 + kSubtile; ++j) {
-      // 0.001 covers the rounding of this line: a term beyond 2^40 saturates below, smaller ones
-      // are good to 2^-13 each.
-      const double t =
-          tile.threshold[j] * inverse_scale - tile.norm[j] * error - tile.error[j] * norm - 0.001;
-      reachable |= int32_t(tile.norm[j] * (norm + error) >= t);
-      double dot = t + tile.offset[j];
-      dot = dot > -2147483648.0 ? dot : -2147483648.0;
-      dot = dot < 2147483647.0 ? dot : 2147483647.0;
-      need[j] = int32_t(dot);  // towards zero: at most the ceiling
-    }
-    live |= uint64_t(reachable != 0) << (j0 / kSubtile);
-  }
-  return live;
-}
-
 inline void pack_once(const Table& table, Tile& tile) {
   if (tile.packed) return;
   Dots::pack(table, tile);
@@ -178,7 +155,9 @@ int64_t scan(const Table& table, Tile& tile, int64_t begin, int64_t end, HitBuff
   const typename Dots::Session session(table, tile);
   for (int64_t block = begin; block < end; ++block) {
     if (hits.capacity - hits.count < tile.count * kBlockRows) return block;
-    const uint64_t live = block_thresholds(table.bounds[block], tile, need);
+    uint64_t live = 0;
+    for (int j = 0; j < tile.count; j += kSubtile)
+      live |= uint64_t(subtile_thresholds(table.bounds[block], tile, j, need + j)) << j / kSubtile;
     if (!live) continue;
     uint64_t reached =
         session.reach(table.codes + block * table.quads * 4 * kBlockRows, live, need, dots);

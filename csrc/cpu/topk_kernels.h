@@ -25,7 +25,12 @@ struct Hit {
 // Queries as the scan sees them. With unsigned row codes the scan's dots are too large by
 // offset = 128 * sum(query codes); a row whose dot is d in block b stays a candidate if
 //   d - offset >= threshold * inverse_scale_b - norm * error_b - error * norm_b,
-// everything in units of the query's scale (the proof is in topk_encode.cpp).
+// everything in units of the query's scale (the proof is in topk_encode.cpp). No row of the block
+// can be one if norm * (norm_b + error_b) is less than the right-hand side, because
+// |u.v| <= |u| |v|. kRounding covers the rounding of these lines: terms beyond 2^40 saturate the
+// integer, smaller ones are good to 2^-13 each; NaN counts as a candidate.
+constexpr double kRounding = 0.001;
+
 struct Tile {
   int count;       // queries in use; the fields below are defined up to a whole subtile
   int8_t* codes;   // [kMaxTile, quads * 4]; zero beyond count

@@ -69,6 +69,23 @@ inline uint32_t reach(const int32_t* dots, int32_t need) {
   return mask;
 }
 
+inline bool subtile_thresholds(const BlockBound& bound, const Tile& tile, int first,
+                               int32_t* need) {
+  const double scale = bound.inverse_scale, error_b = bound.error, norm_b = bound.norm;
+  bool reachable = false;
+  for (int j = first; j < first + kSubtile; ++j) {
+    const double t = tile.threshold[j] * scale - tile.norm[j] * error_b -
+                     tile.error[j] * norm_b - kRounding;
+    reachable |= !(tile.norm[j] * (norm_b + error_b) < t);
+    const double dot = t + tile.offset[j];
+    // Towards zero: at most the ceiling.
+    need[j - first] = !(dot > -2147483648.0) ? INT32_MIN
+                      : dot < 2147483647.0   ? int32_t(dot)
+                                             : INT32_MAX;
+  }
+  return reachable;
+}
+
 #include "cpu/topk_body.h"
 
 }  // namespace
