@@ -122,7 +122,7 @@ void bind_logprobs(py::module_& m) {
   m.def(
       "gather_logprobs",
       [](const GatherProblem& p, uintptr_t values, uintptr_t entropy, uintptr_t states) {
-        gather_kernels().forward(
+        gather_logprobs(
             p, {pointer<float>(values), pointer<float>(entropy), pointer<SoftmaxState>(states)});
       },
       py::arg("problem"), py::kw_only(), py::arg("values"), py::arg("entropy"), py::arg("states"),
@@ -131,7 +131,7 @@ void bind_logprobs(py::module_& m) {
       "gather_logprobs_backward",
       [](const GatherProblem& p, uintptr_t grad_values, uintptr_t grad_entropy, uintptr_t entropy,
          uintptr_t states, uintptr_t grad_logits) {
-        gather_kernels().backward(
+        gather_logprobs_backward(
             p, {pointer<float>(grad_values), pointer<float>(grad_entropy), pointer<float>(entropy),
                 pointer<SoftmaxState>(states), pointer<void>(grad_logits)});
       },
