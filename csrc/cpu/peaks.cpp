@@ -41,7 +41,7 @@ double read_bandwidth(double seconds, int threads) {
   {
     // As the tables of an index: on huge pages where there are any, and written after the advice.
     const std::unique_ptr<uint64_t[]> data(new uint64_t[size_t(words)]);
-    advise_huge_pages(data.get(), size_t(words) * 8);
+    advise_huge_pages(data.get(), words * 8);
     std::fill_n(data.get(), words, 1);
     double best = 0;
     for (int64_t pass = 0; pass < passes; ++pass) {
