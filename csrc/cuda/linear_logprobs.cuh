@@ -7,6 +7,7 @@
 
 #include "cuda/linear_logprobs.h"
 #include "cuda/mma_tile.cuh"
+#include "cuda/permitted.cuh"
 #include "cuda/row_softmax.cuh"
 
 namespace deeprec::cuda {
@@ -112,7 +113,8 @@ __global__ void __launch_bounds__(kRowThreads)
   PartialSoftmax softmax = in.parts[place];
   for (int64_t slice = 1; slice < n_slices; ++slice)
     softmax.join<true>(in.parts[slice * p.hidden.rows + place], exp);
-  write_row(p, out, p.order[place], softmax, in.own[place]);
+  const int64_t row = p.order[place];
+  write_row(p, out, row, softmax, in_vocabulary(p.ids[row], p.weight.rows) ? in.own[place] : kNaN);
 }
 
 // ---- rows restricted to permitted ids: a warp an id, lanes along the dimensions ----
@@ -138,11 +140,13 @@ __global__ void __launch_bounds__(kRowThreads)
   if (int64_t(blockIdx.x) >= p.counts[1]) return;  // the whole block
   const int64_t row = p.order[p.counts[0] + blockIdx.x];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  if (threadIdx.x == 0) *own = -kInfinity;  // an id that is not permitted
+  if (threadIdx.x == 0)  // of an id that is not permitted
+    *own = in_vocabulary(p.ids[row], p.weight.rows) ? -kInfinity : kNaN;
   __syncthreads();
   PartialSoftmax softmax;
   for (int64_t i = p.allowed.offsets[row] + warp; i < p.allowed.offsets[row + 1]; i += kWarps) {
     const int64_t token = p.allowed.ids[i];
+    if (!in_vocabulary(token, p.weight.rows)) continue;
     const float z[1] = {token_logit(p, row, token)};
     softmax.add<true>(z, exp);
     if (lane == 0 && token == p.ids[row]) *own = z[0];

@@ -215,8 +215,9 @@ __global__ void __launch_bounds__(kRowThreads)
   const LogitGradient gradient = LogitGradient::of(p, io, row);
   for (int64_t i = start + threadIdx.x / 32; i < end; i += kRowThreads / 32) {
     const int64_t token = p.allowed.ids[i];
-    const float z = token_logit(p, row, token);
-    if (threadIdx.x % 32 == 0) w.permitted[i] = gradient(z, token, exp);
+    const bool valid = in_vocabulary(token, p.weight.rows);
+    const float d = valid ? gradient(token_logit(p, row, token), token, exp) : 0;
+    if (threadIdx.x % 32 == 0) w.permitted[i] = d;
   }
   __syncthreads();  // the row's gradients are written
   if (!io.grad_hidden) return;
@@ -224,7 +225,8 @@ __global__ void __launch_bounds__(kRowThreads)
   for (int64_t h = threadIdx.x; h < size; h += blockDim.x) {
     float sum = 0;
     for (int64_t i = start; i < end; ++i)
-      sum = fmaf(w.permitted[i], element(weight, weight.at(p.allowed.ids[i]) + h), sum);
+      if (in_vocabulary(p.allowed.ids[i], p.weight.rows))
+        sum = fmaf(w.permitted[i], element(weight, weight.at(p.allowed.ids[i]) + h), sum);
     store_element(io.grad_hidden, p.hidden.dtype, row * size + h, sum);
   }
 }

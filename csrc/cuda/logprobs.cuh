@@ -3,6 +3,7 @@
 
 #include "cuda/elements.cuh"
 #include "cuda/logprobs.h"
+#include "cuda/permitted.cuh"
 #include "cuda/row_softmax.cuh"
 
 namespace deeprec::cuda {
@@ -12,28 +13,6 @@ constexpr int kGatherWarps = kGatherThreads / 32;
 // Logits a thread takes at a time: four 128-bit loads in flight in fp32, two in 16 bits.
 constexpr int kGatherChunk = 16;
 constexpr int kGatherShared = kGatherWarps * int(sizeof(PartialSoftmax));
-
-// The permitted ids of a row; none when it is unrestricted.
-struct Permitted {
-  const int64_t* ids = nullptr;
-  int64_t count = 0;
-
-  __device__ Permitted(const AllowedRows& allowed, int64_t row) {
-    if (!allowed.offsets) return;
-    ids = allowed.ids + allowed.offsets[row];
-    count = allowed.offsets[row + 1] - allowed.offsets[row];
-  }
-  __device__ bool restricts() const { return count > 0; }
-  __device__ bool permits(int64_t id) const {
-    if (!restricts()) return true;
-    int64_t low = 0, high = count;
-    while (low < high) {
-      const int64_t middle = low + (high - low) / 2;
-      if (ids[middle] < id) low = middle + 1; else high = middle;
-    }
-    return low < count && ids[low] == id;
-  }
-};
 
 template <class T>
 __device__ const T* logits_row(const GatherProblem& p, int64_t row) {
@@ -50,7 +29,8 @@ __device__ PartialSoftmax partial_softmax(const T* x, int64_t n, const Permitted
     softmax.add<kEntropy>(z, exp);
   };
   if (permitted.restricts()) {
-    for (int64_t i = threadIdx.x; i < permitted.count; i += blockDim.x) single(permitted.ids[i]);
+    for (int64_t i = threadIdx.x; i < permitted.count; i += blockDim.x)
+      if (in_vocabulary(permitted.ids[i], n)) single(permitted.ids[i]);
   } else {
     RowParts<T, kGatherChunk>(x, n).for_each(
         [&](int64_t first) {
@@ -97,7 +77,9 @@ __global__ void __launch_bounds__(kGatherThreads)
                              shared, exp);
     const int64_t* ids = p.ids + row * p.ids_per_row;
     for (int64_t k = threadIdx.x; k < p.ids_per_row; k += blockDim.x) {
-      const float z = permitted.permits(ids[k]) ? widen(x[ids[k]]) : -kInfinity;
+      float z = kNaN;
+      if (in_vocabulary(ids[k], p.vocabulary))
+        z = permitted.permits(ids[k]) ? widen(x[ids[k]]) : -kInfinity;
       values[k] = logprob(softmax, z, p.temperature);
     }
     if (threadIdx.x == 0) {
@@ -136,7 +118,8 @@ __global__ void __launch_bounds__(kGatherThreads)
     };
     if (permitted.restricts()) {
       __syncthreads();  // the zeros are written
-      for (int64_t i = threadIdx.x; i < permitted.count; i += blockDim.x) single(permitted.ids[i]);
+      for (int64_t i = threadIdx.x; i < permitted.count; i += blockDim.x)
+        if (in_vocabulary(permitted.ids[i], p.vocabulary)) single(permitted.ids[i]);
     } else if (reinterpret_cast<uintptr_t>(x) % 16 == reinterpret_cast<uintptr_t>(out) % 16) {
       written.for_each(
           [&](int64_t first) {
@@ -153,7 +136,7 @@ __global__ void __launch_bounds__(kGatherThreads)
     // The tokens' own terms are added before the one rounding to T, repeated tokens together.
     __syncthreads();
     for (int64_t k = threadIdx.x; k < p.ids_per_row; k += blockDim.x) {
-      if (!permitted.permits(ids[k])) continue;
+      if (!in_vocabulary(ids[k], p.vocabulary) || !permitted.permits(ids[k])) continue;
       double own = 0;
       bool first = true;
       for (int64_t j = 0; j < p.ids_per_row; ++j) {

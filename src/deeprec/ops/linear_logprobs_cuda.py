@@ -1,100 +1,97 @@
-"""The CUDA C++ backend of linear_logprobs: rows sorted by kind, workspace, pointers.
+"""linear_logprobs on CUDA: rows sorted by kind, workspace, and the kernels' addresses.
 
 Which rows count is decided on the device, so that nothing synchronises.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from deeprec import backends
-from deeprec.ops.linear_logprobs_op import empty_gradients, empty_outputs
+from deeprec import _C, backends
+from deeprec.ops import cuda
+from deeprec.ops.linear_logprobs_op import define, empty_gradients, empty_outputs
 from deeprec.ops.logprobs_cpu import address, dtype_name
-from deeprec.ops.logprobs_cuda import current_stream
 
-__all__ = ["kernels"]
+__all__: list[str] = []
 
 
-def kernels(native: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """What ``linear_logprobs_op.define`` wants, on the launchers of ``native``."""
-
-    def forward(
-        hidden: Tensor,
-        weight: Tensor,
-        ids: Tensor,
-        bias: Tensor | None,
-        temperature: float,
-        mask: Tensor | None,
-        offsets: Tensor | None,
-        permitted: Tensor | None,
-        entropy: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        outputs = empty_outputs(
-            hidden, weight, ids, bias, temperature, mask, offsets, permitted, entropy
-        )
-        values, entropies, states = (x.zero_() for x in outputs)
-        if not len(hidden):
-            return values, entropies, states
-        with backends.timed("linear_logprobs", "cuda"):
-            allowed = (offsets, permitted)
-            problem = _Problem(native, (hidden, weight), ids, bias, temperature, mask, allowed)
-            workspace = _workspace(native.linear_forward_workspace(problem.native), hidden)
-            native.linear_logprobs(
-                problem.native,
-                values=address(values),
-                entropy=address(entropies) if entropy else 0,
-                states=address(states),
-                workspace=address(workspace),
-                stream=problem.stream,
-            )
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    mask: Tensor | None,
+    offsets: Tensor | None,
+    permitted: Tensor | None,
+    entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = empty_outputs(
+        hidden, weight, ids, bias, temperature, mask, offsets, permitted, entropy
+    )
+    values, entropies, states = (x.zero_() for x in outputs)  # rows that do not count stay so
+    if not len(hidden):
         return values, entropies, states
+    with backends.timed("linear_logprobs", "cuda"), cuda.on(hidden) as target:
+        problem = _Problem((hidden, weight), ids, bias, temperature, mask, (offsets, permitted))
+        workspace = _workspace(target.kernels.linear_forward_workspace(problem.native), hidden)
+        target.kernels.linear_logprobs(
+            problem.native,
+            order=problem.order,
+            values=address(values),
+            entropy=address(entropies) if entropy else 0,
+            states=address(states),
+            workspace=address(workspace),
+            stream=target.stream,
+        )
+    return values, entropies, states
 
-    def backward(
-        grad_values: Tensor,
-        grad_entropy: Tensor | None,
-        hidden: Tensor,
-        weight: Tensor,
-        ids: Tensor,
-        bias: Tensor | None,
-        temperature: float,
-        mask: Tensor | None,
-        offsets: Tensor | None,
-        permitted: Tensor | None,
-        entropy: Tensor,
-        states: Tensor,
-        wanted: list[bool],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        gradients = empty_gradients(hidden, weight, bias, wanted)
-        if not len(hidden):
-            gradients[1].zero_()
-            return gradients
-        with backends.timed("linear_logprobs_backward", "cuda"):
-            allowed = (offsets, permitted)
-            problem = _Problem(native, (hidden, weight), ids, bias, temperature, mask, allowed)
-            grad_values = grad_values.contiguous()
-            grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
-            tokens = _by_token(mask, offsets, permitted, len(weight)) if any(wanted[1:]) else ()
-            at = [address(x) if x.numel() else 0 for x in gradients]
-            io = native.LinearBackward(
-                grad_values=address(grad_values),
-                grad_entropy=address(grad_entropy),
-                entropy=address(entropy),
-                states=address(states),
-                gradients=tuple(at),
-                by_token=tuple(map(address, tokens)) or (0, 0, 0),
-                permitted=0 if permitted is None else len(permitted),
-            )
-            workspace = _workspace(native.linear_backward_workspace(problem.native, io), hidden)
-            native.linear_logprobs_backward(
-                problem.native, io, workspace=address(workspace), stream=problem.stream
-            )
+
+def _backward(
+    grad_values: Tensor,
+    grad_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    mask: Tensor | None,
+    offsets: Tensor | None,
+    permitted: Tensor | None,
+    entropy: Tensor,
+    states: Tensor,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = empty_gradients(hidden, weight, bias, wanted)
+    if not len(hidden):
+        gradients[1].zero_()
         return gradients
-
-    return forward, backward
+    with backends.timed("linear_logprobs_backward", "cuda"), cuda.on(hidden) as target:
+        problem = _Problem((hidden, weight), ids, bias, temperature, mask, (offsets, permitted))
+        grad_values = grad_values.contiguous()
+        grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
+        sparse = offsets is not None and any(wanted[1:])
+        tokens = _by_token(mask, offsets, permitted, len(weight)) if sparse else (None,) * 3
+        io = target.kernels.LinearBackward(
+            grad_values=address(grad_values),
+            grad_entropy=address(grad_entropy),
+            entropy=address(entropy),
+            states=address(states),
+            gradients=tuple(address(x) if x.numel() else 0 for x in gradients),
+            by_token=tuple(map(address, tokens)),
+            permitted=0 if permitted is None else len(permitted),
+        )
+        size = target.kernels.linear_backward_workspace(problem.native, io)
+        workspace = _workspace(size, hidden)
+        target.kernels.linear_logprobs_backward(
+            problem.native,
+            io,
+            order=problem.order,
+            workspace=address(workspace),
+            stream=target.stream,
+        )
+    return gradients
 
 
 def _workspace(size: int, like: Tensor) -> Tensor:
@@ -106,7 +103,6 @@ class _Problem:
 
     def __init__(
         self,
-        native: Any,
         matrices: tuple[Tensor, Tensor],
         ids: Tensor,
         bias: Tensor | None,
@@ -116,18 +112,19 @@ class _Problem:
     ) -> None:
         self.matrices = [x if x.stride(-1) == 1 else x.contiguous() for x in matrices]
         self.arrays = [x if x is None else x.contiguous() for x in (ids, bias, *allowed)]
-        self.order, self.counts = _order(matrices[0], mask, allowed[0])
+        self.kinds = _order(matrices[0], mask, allowed[0])
         ids_at, bias_at, offsets_at, permitted_at = map(address, self.arrays)
-        self.stream = current_stream(matrices[0])
-        self.native = native.LinearProblem(
+        self.native = _C.LinearProblem(
             hidden=_matrix(self.matrices[0]),
             weight=_matrix(self.matrices[1]),
             bias=bias_at,
             ids=ids_at,
+            mask=0,
             allowed=(offsets_at, permitted_at),
-            order=(address(self.order), address(self.counts)),
             temperature=temperature,
+            threads=1,
         )
+        self.order = (address(self.kinds[0]), address(self.kinds[1]))
 
 
 def _matrix(tensor: Tensor) -> tuple[int, str, int, int, int]:
@@ -146,11 +143,9 @@ def _order(hidden: Tensor, mask: Tensor | None, offsets: Tensor | None) -> tuple
 
 
 def _by_token(
-    mask: Tensor | None, offsets: Tensor | None, permitted: Tensor | None, vocabulary: int
-) -> tuple[Tensor, ...]:
+    mask: Tensor | None, offsets: Tensor, permitted: Tensor, vocabulary: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Starts ``[vocabulary + 1]``, rows and positions of the permitted ids of rows that count."""
-    if offsets is None or permitted is None:
-        return ()
     rows = torch.repeat_interleave(offsets.diff(), output_size=len(permitted))
     tokens = permitted
     if mask is not None:  # behind the last token, where nobody looks
@@ -158,3 +153,14 @@ def _by_token(
     tokens, positions = tokens.sort(stable=True)  # rows stay ascending within a token
     every = torch.arange(vocabulary + 1, device=tokens.device)
     return torch.searchsorted(tokens, every), rows[positions], positions
+
+
+def _why_not(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype == torch.float64:
+            return f"{name} is float64, which only the reference computes"
+    return cuda.why_not(hidden)
+
+
+_run = define("linear_logprobs_cuda", "CompositeExplicitAutograd", _forward, _backward)
+backends.register("linear_logprobs", "cuda", _run, _why_not)

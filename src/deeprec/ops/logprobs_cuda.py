@@ -1,75 +1,16 @@
-"""The CUDA C++ backend of gather_logprobs: tensors to pointers, sizes and strides."""
+"""gather_logprobs on CUDA: hands addresses to the kernels of ``csrc/cuda/logprobs.cu``."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from deeprec import backends
+from deeprec import _C, backends
+from deeprec.ops import cuda
 from deeprec.ops.logprobs_cpu import address, dtype_name
-from deeprec.ops.logprobs_op import empty_outputs
+from deeprec.ops.logprobs_op import define, empty_outputs
 
-__all__ = ["kernels"]
-
-
-def kernels(native: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The forward and backward functions of ``logprobs_op.define`` on the launchers of ``native``."""
-
-    def forward(
-        logits: Tensor,
-        ids: Tensor,
-        temperature: float,
-        mask: Tensor | None,
-        offsets: Tensor | None,
-        permitted: Tensor | None,
-        entropy: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        values, entropies, states = empty_outputs(
-            logits, ids, temperature, mask, offsets, permitted, entropy
-        )
-        with backends.timed("gather_logprobs", "cuda"):
-            problem = _Problem(native, logits, ids, temperature, mask, (offsets, permitted))
-            native.gather_logprobs(
-                problem.native,
-                values=address(values),
-                entropy=address(entropies) if entropy else 0,
-                states=address(states),
-                stream=problem.stream,
-            )
-        return values, entropies, states
-
-    def backward(
-        grad_values: Tensor,
-        grad_entropy: Tensor | None,
-        logits: Tensor,
-        ids: Tensor,
-        temperature: float,
-        mask: Tensor | None,
-        offsets: Tensor | None,
-        permitted: Tensor | None,
-        entropy: Tensor,
-        states: Tensor,
-    ) -> Tensor:
-        grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        with backends.timed("gather_logprobs_backward", "cuda"):
-            problem = _Problem(native, logits, ids, temperature, mask, (offsets, permitted))
-            grad_values = grad_values.contiguous()
-            grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
-            native.gather_logprobs_backward(
-                problem.native,
-                grad_values=address(grad_values),
-                grad_entropy=address(grad_entropy),
-                entropy=address(entropy),
-                states=address(states),
-                grad_logits=address(grad_logits),
-                stream=problem.stream,
-            )
-        return grad_logits
-
-    return forward, backward
+__all__: list[str] = []
 
 
 class _Problem:
@@ -77,41 +18,95 @@ class _Problem:
 
     def __init__(
         self,
-        native: Any,
         logits: Tensor,
         ids: Tensor,
         temperature: float,
         mask: Tensor | None,
-        allowed: tuple[Tensor | None, Tensor | None],
+        offsets: Tensor | None,
+        permitted: Tensor | None,
     ) -> None:
         self.logits = logits if logits.stride(-1) == 1 else logits.contiguous()
-        self.row_offsets, row_stride = _rows(self.logits)
-        self.arrays = [x if x is None else x.contiguous() for x in (ids, mask, *allowed)]
-        ids_at, mask_at, offsets_at, permitted_at = map(address, self.arrays)
-        self.stream = current_stream(logits)
-        self.native = native.GatherProblem(
+        self.row_offsets = None if self.logits.is_contiguous() else _row_offsets(self.logits)
+        self.arrays = [x if x is None else x.contiguous() for x in (ids, mask, offsets, permitted)]
+        self.native = _C.GatherProblem(
             logits=address(self.logits),
             dtype=dtype_name(logits),
-            rows=(address(self.row_offsets), row_stride),
+            row_offsets=address(self.row_offsets),
             shape=(logits.shape[:-1].numel(), logits.shape[-1], ids.shape[-1]),
-            ids=ids_at,
-            mask=mask_at,
-            allowed=(offsets_at, permitted_at),
+            ids=address(self.arrays[0]),
+            mask=address(self.arrays[1]),
+            allowed=(address(self.arrays[2]), address(self.arrays[3])),
             temperature=temperature,
+            threads=1,
         )
 
 
-def current_stream(tensor: Tensor) -> int:
-    """torch's current stream on the device of ``tensor``; 0 on a CPU, where kernels are emulated."""
-    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
-
-
-def _rows(logits: Tensor) -> tuple[Tensor | None, int]:
-    """Where rows start, in elements: a stride where one will do, else an offset a row."""
-    lead = [(n, s) for n, s in zip(logits.shape[:-1], logits.stride()[:-1], strict=True) if n > 1]
-    if all(s == next_n * next_s for (_, s), (next_n, next_s) in zip(lead, lead[1:], strict=False)):
-        return None, lead[-1][1] if lead else logits.shape[-1]
+def _row_offsets(logits: Tensor) -> Tensor:
+    """Where each row starts, in elements, so that slices of larger tensors need no copy."""
     offsets = torch.zeros((), dtype=torch.int64, device=logits.device)
-    for n, s in lead:
-        offsets = offsets[..., None] + torch.arange(n, device=logits.device) * s
-    return offsets.reshape(-1), 0
+    for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True):
+        offsets = offsets[..., None] + torch.arange(size, device=logits.device) * stride
+    return offsets.reshape(-1)
+
+
+def _forward(
+    logits: Tensor,
+    ids: Tensor,
+    temperature: float,
+    mask: Tensor | None,
+    offsets: Tensor | None,
+    permitted: Tensor | None,
+    entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    values, entropies, states = empty_outputs(
+        logits, ids, temperature, mask, offsets, permitted, entropy
+    )
+    with backends.timed("gather_logprobs", "cuda"), cuda.on(logits) as target:
+        problem = _Problem(logits, ids, temperature, mask, offsets, permitted)
+        target.kernels.gather_logprobs(
+            problem.native,
+            values=address(values),
+            entropy=address(entropies) if entropy else 0,
+            states=address(states),
+            stream=target.stream,
+        )
+    return values, entropies, states
+
+
+def _backward(
+    grad_values: Tensor,
+    grad_entropy: Tensor | None,
+    logits: Tensor,
+    ids: Tensor,
+    temperature: float,
+    mask: Tensor | None,
+    offsets: Tensor | None,
+    permitted: Tensor | None,
+    entropy: Tensor,
+    states: Tensor,
+) -> Tensor:
+    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    with backends.timed("gather_logprobs_backward", "cuda"), cuda.on(logits) as target:
+        problem = _Problem(logits, ids, temperature, mask, offsets, permitted)
+        grad_values = grad_values.contiguous()
+        grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
+        target.kernels.gather_logprobs_backward(
+            problem.native,
+            grad_values=address(grad_values),
+            grad_entropy=address(grad_entropy),
+            entropy=address(entropy),
+            states=address(states),
+            grad_logits=address(grad_logits),
+            stream=target.stream,
+        )
+    return grad_logits
+
+
+def _why_not(logits: Tensor) -> str | None:
+    if logits.dtype == torch.float64:
+        return "logits are float64, which only the reference computes"
+    return cuda.why_not(logits)
+
+
+_run = define("gather_logprobs_cuda", "CompositeExplicitAutograd", _forward, _backward)
+backends.register("gather_logprobs", "cuda", _run, _why_not)
