@@ -32,10 +32,12 @@ __device__ PartialSoftmax partial_softmax(const T* x, int64_t n, const Permitted
     for (int64_t i = threadIdx.x; i < permitted.count; i += blockDim.x)
       if (in_vocabulary(permitted.ids[i], n)) single(permitted.ids[i]);
   } else {
-    RowParts<T, kGatherChunk>(x, n).for_each(
+    const bool vectors = on_vectors(x);
+    share_row<kGatherChunk>(
+        n,
         [&](int64_t first) {
           float z[kGatherChunk];
-          load_floats(x + first, z);
+          load_floats(x + first, vectors, z);
           softmax.add<kEntropy>(z, exp);
         },
         single);
@@ -94,13 +96,13 @@ __global__ void __launch_bounds__(kGatherThreads)
     gather_backward_kernel(GatherProblem p, GatherBackward in, ScaledExp exp) {
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     T* out = static_cast<T*>(in.grad_logits) + row * p.vocabulary;
-    const RowParts<T, kGatherChunk> written(out, p.vocabulary);
     const Permitted permitted(p.allowed, row);
     const bool counts = !p.mask || p.mask[row];
     if (!counts || permitted.restricts()) {
       const float zeros[kGatherChunk] = {};
-      written.for_each([&](int64_t first) { store_floats(zeros, out + first); },
-                       [&](int64_t i) { out[i] = narrowed<T>(0.f); });
+      share_row<kGatherChunk>(
+          p.vocabulary, [&](int64_t first) { store_floats(zeros, on_vectors(out), out + first); },
+          [&](int64_t i) { narrow(0.f, out + i); });
     }
     if (!counts) continue;
 
@@ -120,18 +122,18 @@ __global__ void __launch_bounds__(kGatherThreads)
       __syncthreads();  // the zeros are written
       for (int64_t i = threadIdx.x; i < permitted.count; i += blockDim.x)
         if (in_vocabulary(permitted.ids[i], p.vocabulary)) single(permitted.ids[i]);
-    } else if (reinterpret_cast<uintptr_t>(x) % 16 == reinterpret_cast<uintptr_t>(out) % 16) {
-      written.for_each(
+    } else {
+      const bool read = on_vectors(x), written = on_vectors(out);
+      share_row<kGatherChunk>(
+          p.vocabulary,
           [&](int64_t first) {
             float z[kGatherChunk];
-            load_floats(x + first, z);
+            load_floats(x + first, read, z);
 #pragma unroll
             for (int i = 0; i < kGatherChunk; ++i) z[i] = gradient(z[i], exp);
-            store_floats(z, out + first);
+            store_floats(z, written, out + first);
           },
           single);
-    } else {
-      for (int64_t i = threadIdx.x; i < p.vocabulary; i += blockDim.x) single(i);
     }
     // The tokens' own terms are added before the one rounding to T, repeated tokens together.
     __syncthreads();
