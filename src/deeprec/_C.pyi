@@ -88,3 +88,28 @@ def peak_fp64_fma(seconds: float, threads: int) -> float: ...
 def peak_int8_dot(seconds: float, threads: int) -> float: ...
 def peak_bf16_dot(seconds: float, threads: int) -> float: ...
 def peak_read_bandwidth(seconds: float, threads: int) -> float: ...
+
+class TRMModel:
+    def __init__(self, sizes: dict[str, int], eps: float, tensors: dict[str, int]) -> None: ...
+
+class TRMRequest:
+    def __init__(
+        self,
+        count: int,
+        history: tuple[int, int, int],
+        states: int,
+        preference: int,
+        threads: int,
+    ) -> None: ...
+
+def trm_encode(model: TRMModel, request: TRMRequest, *, states: int, users: int) -> None: ...
+def trm_retrieve(
+    model: TRMModel,
+    request: TRMRequest,
+    rows: ItemRows,
+    filter: Prefilter,
+    k: int,
+    exclude: tuple[int, int],
+    exclude_history: bool,
+    answer: tuple[int, int],
+) -> None: ...

@@ -8,12 +8,13 @@ table) and itself to :func:`deeprec.backends.register`.
 from __future__ import annotations
 
 import os
-from functools import cache
 from importlib.util import find_spec
 
 from torch import Tensor
 
 __all__ = ["interpreting", "why_not_triton"]
+
+INSTALLED = find_spec("triton") is not None
 
 
 def interpreting() -> bool:
@@ -27,11 +28,6 @@ def why_not_triton(tensor: Tensor) -> str | None:
         return "tensors are on cpu; Triton needs an NVIDIA or AMD GPU"
     if tensor.device.type not in ("cuda", "cpu"):  # torch calls AMD's devices cuda as well
         return f"tensors are on {tensor.device}; Triton needs an NVIDIA or AMD GPU"
-    if not _installed():
+    if not INSTALLED:
         return "triton is not installed; pip install 'deeprec[gpu]'"
     return None
-
-
-@cache
-def _installed() -> bool:
-    return find_spec("triton") is not None
