@@ -6,6 +6,7 @@ from deeprec.trm.model import PreferenceAwareTRM
 from deeprec.trm.packed import PackedTRM
 from deeprec.trm.phrases import PhraseBook, PhraseEncoder
 from deeprec.trm.preferences import PreferenceMix, PreferenceWriter
+from deeprec.trm import packed_cuda  # noqa: F401, I001  # adds its backend to the ops
 from deeprec.trm.training import TrainedTRM, TRMTrainConfig, train_trm
 
 __all__ = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -20,20 +21,23 @@ if TYPE_CHECKING:
 __all__: list[str] = []
 
 # A query's scores lie in registers, a row of a history in shared memory (csrc/cuda/trm.h).
-MAX_LENGTH, MAX_HIDDEN, MAX_EXPERTS = 128, 512, 32
+LIMITS = {"max_length": 128, "hidden": 512, "n_experts": 32}
 
 
 class _Model:
     """The kernels' view of a TRM, and the tensors it points into."""
 
     def __init__(self, packed: PackedTRM, kernels: Any) -> None:
-        self.tensors = _tensors(packed.module)
+        self.tensors = _tensors(packed.module())
         padding = any(bool(self.tensors[name][0].any()) for name in ("items", "texts"))
         self.native = kernels.TRMModel(
             {**packed.sizes, "padding_row": padding},
             packed.eps,
             {name: tensor.data_ptr() for name, tensor in self.tensors.items()},
         )
+
+
+_MODELS: WeakKeyDictionary[PackedTRM, _Model] = WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -127,23 +131,27 @@ def _retrieve(
 
 def _model(packed: PackedTRM, kernels: Any) -> _Model:
     """Made at the first call; a packed TRM never changes."""
-    kept = packed.__dict__.setdefault("_cuda", {})
-    if kernels not in kept:
-        kept[kernels] = _Model(packed, kernels)
-    return cast(_Model, kept[kernels])
+    model = _MODELS.get(packed)
+    if model is None:
+        model = _MODELS[packed] = _Model(packed, kernels)
+    return model
 
 
-def _why_not(packed: PackedTRM, *tensors: Tensor) -> str | None:
-    if packed.dtype != torch.float32:
-        return f"weights are {packed.dtype}; the CUDA kernels keep float32"
-    for name, limit in (
-        ("max_length", MAX_LENGTH),
-        ("hidden", MAX_HIDDEN),
-        ("n_experts", MAX_EXPERTS),
-    ):
-        if packed.sizes[name] > limit:
-            return f"{name} is {packed.sizes[name]}, more than {limit}"
-    return cuda.why_not(packed.module.item_embedding.weight, *tensors)
+def _why_not(*arguments: PackedTRM | Tensor) -> str | None:
+    tensors = []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            tensors.append(argument)
+            continue
+        if argument.dtype != torch.float32:
+            return f"weights are {argument.dtype}; the CUDA kernels keep float32"
+        for name, limit in LIMITS.items():
+            if argument.sizes[name] > limit:
+                return f"{name} is {argument.sizes[name]}, more than {limit}"
+        if argument.from_file:
+            return "a packed TRM from a file has the layout of the CPU"
+        tensors.append(argument.module().item_embedding.weight)
+    return cuda.why_not(*tensors)
 
 
 backends.register(ops.HISTORY, "cuda", _history, _why_not)
