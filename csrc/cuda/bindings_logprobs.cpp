@@ -52,7 +52,7 @@ void bind_gather(py::module_& m) {
 }
 
 void bind_linear(py::module_& m) {
-  py::class_<OrderedBackward>(m, "LinearBackward")
+  py::class_<OrderedBackward>(m, "LinearBackward", py::module_local())
       .def(py::init([](uintptr_t grad_values, uintptr_t grad_entropy, uintptr_t entropy,
                        uintptr_t states, const Triple& gradients, const Triple& by_token,
                        int64_t permitted) {

@@ -64,7 +64,7 @@ Model make_model(const std::map<std::string, int64_t>& sizes, double eps,
 void bind_trm(py::module_& m) {
   m.attr("TRM_MAX_LENGTH") = trm::kMaxLength;
   m.attr("TRM_MAX_HIDDEN") = trm::kMaxHidden;
-  py::class_<Model>(m, "TRMModel")
+  py::class_<Model>(m, "TRMModel", py::module_local())
       .def(py::init(&make_model), py::arg("sizes"), py::arg("eps"), py::arg("tensors"));
   m.def("trm_encode_workspace", &trm::encode_workspace, py::arg("model"), py::arg("count"),
         py::arg("width"));

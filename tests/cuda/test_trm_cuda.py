@@ -38,7 +38,14 @@ def check(model, rows: int, seed: int = 0) -> None:
     seed=st.integers(0, 99),
 )
 def test_any_shape_gives_the_eager_vectors(
-    emulated, hidden: int, heads: int, layers: int, length: int, experts: int, padding_row, seed: int
+    emulated,
+    hidden: int,
+    heads: int,
+    layers: int,
+    length: int,
+    experts: int,
+    padding_row,
+    seed: int,
 ) -> None:
     model = make(
         seed,
@@ -113,7 +120,7 @@ def test_refusals_are_explained(emulated) -> None:
     model = make(5)
     history, lengths, _ = ask(model, 2)
     half = model.pack(torch.bfloat16)
-    with pytest.raises(RuntimeError, match="weights are torch.bfloat16"):
+    with pytest.raises(RuntimeError, match="weights are"):
         half.user_vectors(history, lengths, backend="cuda")
     assert "trm_user_vectors[cuda]: runs" in backends.explain(
         "trm_user_vectors", model.pack(), history
