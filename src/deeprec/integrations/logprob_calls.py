@@ -47,9 +47,9 @@ def logprobs(
 
 
 def entropies(logits: Tensor) -> Tensor:
-    """Entropy of every row, in the logits' dtype."""
+    """Entropy of every row, float32."""
     nothing = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-    return gather_logprobs(logits, nothing, entropy=True)[1].to(logits.dtype)
+    return gather_logprobs(logits, nothing, entropy=True)[1]
 
 
 def _not_plain(*tensors: Any) -> str | None:

@@ -223,13 +223,13 @@ def _plan(target: str, version: str, replacement: Replacement) -> _Planned:
 
 def _check_signature(path: str, original: Any, ours: Any) -> None:
     def parameters(function: Any) -> list[tuple[str, Any, Any]]:
-        found = inspect.signature(function, follow_wrapped=False).parameters.values()
+        found = inspect.signature(function).parameters.values()
         return [(p.name, p.kind, p.default) for p in found]
 
     if inspect.isfunction(original) and parameters(original) != parameters(ours):
         raise RuntimeError(
             f"{path} has the parameters {inspect.signature(original)}, expected "
-            f"{inspect.signature(ours, follow_wrapped=False)}; nothing was patched. "
+            f"{inspect.signature(ours)}; nothing was patched. "
             "Is it a modified copy?"
         )
 

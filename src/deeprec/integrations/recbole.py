@@ -31,14 +31,11 @@ MODELS = "recbole.model.sequential_recommender"
 DOT_PRODUCT_MODELS = frozenset(
     f"{MODELS}.{name.lower()}.{name}"
     for name in (
-        "FDSA",
         "GCSAN",
         "GRU4Rec",
-        "GRU4RecF",
         "LightSANs",
         "NARM",
         "SASRec",
-        "SASRecF",
         "SINE",
         "SRGNN",
         "STAMP",

@@ -85,7 +85,7 @@ def _entropy_from_logits(original: Any, usage: Usage) -> Any:
     def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
         if not counted(usage, why_not_gather(logits)):
             return original(logits, chunk_size)
-        return entropies(logits)
+        return entropies(logits).to(logits.dtype)
 
     return entropy_from_logits
 
