@@ -7,6 +7,12 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run tests that train for minutes")
+    parser.addoption(
+        "--emulator",
+        choices=["plain", "address", "thread"],
+        default="plain",
+        help="sanitizer of the emulated CUDA kernels (its runtime must be preloaded)",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

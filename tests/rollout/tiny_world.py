@@ -134,6 +134,13 @@ class ScriptedEngine:
     def release(self, conversation: Any) -> None:
         self.released.append(conversation)
 
+    def restart(self) -> None:
+        self._queue.clear()
+        self.turns.clear()
+
+    def sleep(self) -> None:
+        pass
+
     def sync_weights(self) -> None:
         pass
 
