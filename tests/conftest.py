@@ -8,9 +8,13 @@ import pytest
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run tests that train for minutes")
     parser.addoption(
-        "--peers",
-        action="store_true",
-        help="also run tests that install other libraries",
+        "--peers", action="store_true", help="also run tests that install other libraries"
+    )
+    parser.addoption(
+        "--emulator",
+        choices=["plain", "address", "thread"],
+        default="plain",
+        help="sanitizer of the emulated CUDA kernels (its runtime must be preloaded)",
     )
 
 

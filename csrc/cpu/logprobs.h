@@ -35,11 +35,13 @@ struct GatherBackward {
   void* grad_logits = nullptr;  // [rows, vocabulary], contiguous, of the logits' dtype
 };
 
+void gather_logprobs(const GatherProblem& problem, const GatherForward& out);
+void gather_logprobs_backward(const GatherProblem& problem, const GatherBackward& io);
+
+// Of one instruction set.
 struct GatherKernels {
   void (*forward)(const GatherProblem&, const GatherForward&);
   void (*backward)(const GatherProblem&, const GatherBackward&);
 };
-
-const GatherKernels& gather_kernels();
 
 }  // namespace deeprec

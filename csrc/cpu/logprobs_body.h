@@ -51,8 +51,7 @@ RowSoftmax softmax_of(const GatherProblem& p, const T* x, const Permitted& permi
   }
   for (int64_t start = 0; start < p.vocabulary; start += kBlock) {
     const int64_t left = p.vocabulary - start;
-    const T* next = left > 2 * kBlock ? x + start + kBlock : nullptr;
-    softmax.add<kEntropy>(x + start, left < kBlock ? left : kBlock, next);
+    softmax.add<kEntropy, kAhead>(x + start, left < kBlock ? left : kBlock);
   }
   return softmax;
 }

@@ -1,5 +1,9 @@
 """The compiled extension. Tensors cross as addresses (``Tensor.data_ptr()``, 0 for none)."""
 
+from types import ModuleType
+
+cuda: ModuleType  # the CUDA kernels (csrc/cuda/bindings.cpp), in a build that has them
+
 def isa() -> str: ...
 def available_isas() -> list[str]: ...
 def set_isa(name: str) -> None: ...
@@ -88,3 +92,28 @@ def peak_fp64_fma(seconds: float, threads: int) -> float: ...
 def peak_int8_dot(seconds: float, threads: int) -> float: ...
 def peak_bf16_dot(seconds: float, threads: int) -> float: ...
 def peak_read_bandwidth(seconds: float, threads: int) -> float: ...
+
+class TRMModel:
+    def __init__(self, sizes: dict[str, int], eps: float, tensors: dict[str, int]) -> None: ...
+
+class TRMRequest:
+    def __init__(
+        self,
+        count: int,
+        history: tuple[int, int, int],
+        states: int,
+        preference: int,
+        threads: int,
+    ) -> None: ...
+
+def trm_encode(model: TRMModel, request: TRMRequest, *, states: int, users: int) -> None: ...
+def trm_retrieve(
+    model: TRMModel,
+    request: TRMRequest,
+    rows: ItemRows,
+    filter: Prefilter,
+    k: int,
+    exclude: tuple[int, int],
+    exclude_history: bool,
+    answer: tuple[int, int],
+) -> None: ...

@@ -1,0 +1,29 @@
+"""pytest plugin: Triton kernels run in the interpreter, each in one small configuration.
+
+The blocks are small so that small problems have several of them, the last one partly full.
+"""
+
+import importlib
+import pkgutil
+
+import torch
+import triton
+import triton_interpreter
+from triton.runtime.autotuner import Autotuner
+
+SMALL = {
+    "gather_forward": {"BLOCK": 64},
+    "gather_backward": {"BLOCK": 64},
+}
+
+
+def pytest_configure() -> None:
+    triton_interpreter.install()
+    # Memory that a kernel should have written, and has not, is then NaN.
+    torch.use_deterministic_algorithms(True)
+    import deeprec.kernels
+
+    for module in pkgutil.iter_modules(deeprec.kernels.__path__):
+        for name, kernel in vars(importlib.import_module(f"deeprec.kernels.{module.name}")).items():
+            if isinstance(kernel, Autotuner):
+                kernel.configs = [triton.Config(SMALL[name])]
