@@ -1,5 +1,9 @@
 """The compiled extension. Tensors cross as addresses (``Tensor.data_ptr()``, 0 for none)."""
 
+from types import ModuleType
+
+cuda: ModuleType  # the CUDA kernels (csrc/cuda/bindings.cpp), in a build that has them
+
 def isa() -> str: ...
 def available_isas() -> list[str]: ...
 def set_isa(name: str) -> None: ...
