@@ -11,6 +11,7 @@ from deeprec.ops.index import IndexStats, ItemIndex
 from deeprec.ops.linear_logprobs import linear_logprobs
 from deeprec.ops.logprobs import gather_logprobs
 from deeprec.ops.seen import SeenItems
+from deeprec.ops.sharded_index import ShardedItemIndex, ShardError
 from deeprec.ops.topk import TopK, topk_retrieve
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "IndexStats",
     "ItemIndex",
     "SeenItems",
+    "ShardError",
+    "ShardedItemIndex",
     "TopK",
     "gather_logprobs",
     "linear_logprobs",
