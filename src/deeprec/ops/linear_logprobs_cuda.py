@@ -71,8 +71,9 @@ def _backward(
         problem = _Problem((hidden, weight), ids, bias, temperature, mask, (offsets, permitted))
         grad_values = grad_values.contiguous()
         grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
-        sparse = offsets is not None and any(wanted[1:])
-        tokens = _by_token(mask, offsets, permitted, len(weight)) if sparse else (None,) * 3
+        tokens: tuple[Tensor | None, ...] = (None,) * 3
+        if offsets is not None and permitted is not None and any(wanted[1:]):
+            tokens = _by_token(mask, offsets, permitted, len(weight))
         io = target.kernels.LinearBackward(
             grad_values=address(grad_values),
             grad_entropy=address(grad_entropy),

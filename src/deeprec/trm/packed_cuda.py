@@ -42,8 +42,10 @@ _MODELS: WeakKeyDictionary[PackedTRM, _Model] = WeakKeyDictionary()
 
 @torch.no_grad()
 def _tensors(model: PreferenceAwareTRM) -> dict[str, Tensor]:
-    experts = [expert.get_parameter("lin.weight") for expert in model.moe_adaptor.experts]
-    tensors = {
+    experts: list[Tensor] = [
+        expert.get_parameter("lin.weight") for expert in model.moe_adaptor.experts
+    ]
+    tensors: dict[str, Tensor] = {
         "items": model.item_embedding.weight,
         "texts": adapted_texts(model),
         "kernel": filter_in_time(model),
