@@ -255,6 +255,8 @@ void bind_peaks(py::module_& m) {
           [unit = unit](double seconds, int threads) { return operations(unit, seconds, threads); },
           py::arg("seconds"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
   }
+  m.def("peak_exp_sum", &exp_sum_rate, py::arg("seconds"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
   m.def("peak_read_bandwidth", &read_bandwidth, py::arg("seconds"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>());
 }
