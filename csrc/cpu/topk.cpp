@@ -27,14 +27,14 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Below this many multiplications a second thread costs more than it saves.
 constexpr int64_t kParallelWork = int64_t(1) << 20;
-// With this many queries a thread, items are read from memory seldom enough for threads to share
+// With this many queries a thread (half a tile), items are read from memory seldom enough for threads to share
 // the queries among them, not the items; then each query has one list.
 constexpr int64_t kQueriesPerThread = 32;
 // A table of fewer rows, or one of which a sixteenth is asked for, is scanned exactly.
 constexpr int64_t kSmallestTable = 512, kLargestShare = 16;
 // A sample of n rows sets the first threshold. It costs in proportion to n, the candidates that
 // pass it to k N / n, each about 36 times as much as a sampled row: n = sqrt(36 k N) is the least.
-constexpr double kSampleFactor = 4;
+constexpr double kSampleFactor = 6;
 // When an eighth of what a tile scans are candidates, exact scores at once are cheaper; after
 // eight chunks the codes get another chance.
 constexpr int64_t kDenseShare = 8, kDenseChunks = 8;
