@@ -14,7 +14,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 OPS = HERE.parent / "ops"
 # Long rows are for kernels that run in parallel; interpreted_triton.py has one of its own.
-INTERPRETED = ([OPS / "test_logprobs.py"], "triton and not long")
+INTERPRETED = ([OPS / "test_logprobs.py", OPS / "test_linear_logprobs.py"], "triton and not long")
 
 
 def run(*command: str, **environment: str) -> str:

@@ -14,6 +14,10 @@ from triton.runtime.autotuner import Autotuner
 SMALL = {
     "gather_forward": {"BLOCK": 64},
     "gather_backward": {"BLOCK": 64},
+    "linear_forward": {"BLOCK_T": 16, "BLOCK_V": 16},
+    "linear_grad_logits": {"BLOCK_T": 16, "BLOCK_V": 16},
+    "linear_grad_hidden": {"BLOCK_M": 16, "BLOCK_N": 16},
+    "linear_grad_weight": {"BLOCK_M": 16, "BLOCK_N": 16},
 }
 
 
@@ -22,7 +26,11 @@ def pytest_configure() -> None:
     # Memory that a kernel should have written, and has not, is then NaN.
     torch.use_deterministic_algorithms(True)
     import deeprec.kernels
+    from deeprec.kernels import linear_logprobs
+    from deeprec.ops import linear_logprobs_triton
 
+    linear_logprobs.SPLIT = 64
+    linear_logprobs_triton.CHUNK, linear_logprobs_triton.CHUNK_ROWS = 80, 32
     for module in pkgutil.iter_modules(deeprec.kernels.__path__):
         for name, kernel in vars(importlib.import_module(f"deeprec.kernels.{module.name}")).items():
             if isinstance(kernel, Autotuner):

@@ -1,6 +1,6 @@
 """Public ops: checked, documented and dispatched to the kernels."""
 
-from deeprec.ops import logprobs_triton  # noqa: F401  # each adds itself to the table
+from deeprec.ops import linear_logprobs_triton, logprobs_triton  # noqa: F401  # join the table
 from deeprec.ops.allowed import AllowedTokens
 from deeprec.ops.index import IndexStats, ItemIndex
 from deeprec.ops.linear_logprobs import linear_logprobs
