@@ -18,6 +18,7 @@ SMALL = {
     "linear_grad_logits": {"BLOCK_T": 16, "BLOCK_V": 16},
     "linear_grad_hidden": {"BLOCK_M": 16, "BLOCK_N": 16},
     "linear_grad_weight": {"BLOCK_M": 16, "BLOCK_N": 16},
+    "scan": {"BLOCK_N": 64},
 }
 
 

@@ -174,7 +174,7 @@ def _topk(
         )
     if table is None and items.numel() and not _all_finite(items):
         raise ValueError("items hold NaN or infinity; every item must be finite")
-    chosen = backends.select(OP, backend or None, queries, items)
+    chosen = backends.select(OP, backend or None, queries, items, k)
     with backends.timed(OP, chosen.name):
         outputs: tuple[Tensor, Tensor, Tensor] = chosen.run(queries, items, table, offsets, ids, k)
     return outputs
@@ -251,12 +251,12 @@ def _run_reference(
     return values, indices, indices.new_full((len(queries),), len(items))
 
 
-def _why_not_cpu(queries: Tensor, items: Tensor) -> str | None:
+def _why_not_cpu(queries: Tensor, items: Tensor, k: int = 1) -> str | None:
     return None if queries.device.type == "cpu" else f"tensors are on {queries.device}"
 
 
 backends.register(OP, "cpu", _run_cpu, _why_not_cpu)
-backends.register(OP, "reference", _run_reference, lambda queries, items: None)
+backends.register(OP, "reference", _run_reference, lambda queries, items, k=1: None)
 
 
 @torch.library.impl(_LIBRARY, "normalize_rows", "CompositeExplicitAutograd")
