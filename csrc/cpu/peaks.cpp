@@ -61,7 +61,10 @@ double operations(Unit unit, double seconds, int threads) {
                                  : unit == Unit::fp64_fma ? kernels.fp64_fma
                                  : unit == Unit::int8_dot ? kernels.int8_dot
                                                           : kernels.bf16_dot;
-  if (!run) return 0;
+  return run ? best_rate(run, seconds, threads) : 0;
+}
+
+double best_rate(double (*run)(int64_t rounds), double seconds, int threads) {
   double total = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : total)
   {

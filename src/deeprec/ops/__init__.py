@@ -1,20 +1,27 @@
 """Public ops: checked, documented and dispatched to the kernels."""
 
+# Each of these adds itself to the table of backends.
+from deeprec.ops import (  # noqa: F401
+    linear_logprobs_triton,
+    logprobs_triton,
+    topk_cuda,
+    topk_triton,
+)
 from deeprec.ops.allowed import AllowedTokens
 from deeprec.ops.index import IndexStats, ItemIndex
 from deeprec.ops.linear_logprobs import linear_logprobs
 from deeprec.ops.logprobs import gather_logprobs
 from deeprec.ops.seen import SeenItems
+from deeprec.ops.sharded_index import ShardedItemIndex, ShardError
 from deeprec.ops.topk import TopK, topk_retrieve
-
-# These add themselves to the table of backends.
-from deeprec.ops import linear_logprobs_triton, logprobs_triton, topk_triton  # noqa: F401  # isort: skip
 
 __all__ = [
     "AllowedTokens",
     "IndexStats",
     "ItemIndex",
     "SeenItems",
+    "ShardError",
+    "ShardedItemIndex",
     "TopK",
     "gather_logprobs",
     "linear_logprobs",

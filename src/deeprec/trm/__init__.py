@@ -2,12 +2,16 @@
 
 from deeprec.trm.config import TRMConfig
 from deeprec.trm.examples import WrittenPreference
+from deeprec.trm.history_states import HistoryStates
 from deeprec.trm.model import PreferenceAwareTRM
+from deeprec.trm.packed import PackedTRM
 from deeprec.trm.phrases import PhraseBook, PhraseEncoder
 from deeprec.trm.preferences import PreferenceMix, PreferenceWriter
 from deeprec.trm.training import TrainedTRM, TRMTrainConfig, train_trm
 
 __all__ = [
+    "HistoryStates",
+    "PackedTRM",
     "PhraseBook",
     "PhraseEncoder",
     "PreferenceAwareTRM",
