@@ -5,6 +5,7 @@ The blocks are small so that small problems have several of them, the last one p
 
 import importlib
 import pkgutil
+from types import ModuleType
 
 import torch
 import triton
@@ -22,6 +23,13 @@ SMALL = {
 }
 
 
+def shrink(module: ModuleType) -> None:
+    """Leave every tuned kernel of a module its one small configuration."""
+    for name, kernel in vars(module).items():
+        if isinstance(kernel, Autotuner):
+            kernel.configs = [triton.Config(SMALL[name])]
+
+
 def pytest_configure() -> None:
     triton_interpreter.install()
     # Memory that a kernel should have written, and has not, is then NaN.
@@ -30,9 +38,7 @@ def pytest_configure() -> None:
     from deeprec.kernels import linear_logprobs
     from deeprec.ops import linear_logprobs_triton
 
+    for module in pkgutil.iter_modules(deeprec.kernels.__path__):
+        shrink(importlib.import_module(f"deeprec.kernels.{module.name}"))
     linear_logprobs.SPLIT = 64
     linear_logprobs_triton.CHUNK, linear_logprobs_triton.CHUNK_ROWS = 80, 32
-    for module in pkgutil.iter_modules(deeprec.kernels.__path__):
-        for name, kernel in vars(importlib.import_module(f"deeprec.kernels.{module.name}")).items():
-            if isinstance(kernel, Autotuner):
-                kernel.configs = [triton.Config(SMALL[name])]
