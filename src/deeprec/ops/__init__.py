@@ -1,8 +1,9 @@
 """Public ops: checked, documented and dispatched to the kernels."""
 
-# Each of these adds itself to the table of backends.
-from deeprec.ops import (  # noqa: F401
+from deeprec.ops import (  # noqa: F401  # each adds itself to the table
+    linear_logprobs_cuda,
     linear_logprobs_triton,
+    logprobs_cuda,
     logprobs_triton,
     topk_cuda,
     topk_triton,
