@@ -1,6 +1,11 @@
 """Public ops: checked, documented and dispatched to the kernels."""
 
-from deeprec.ops import logprobs_triton, topk_cuda  # noqa: F401  # each adds itself to the table
+from deeprec.ops import (  # noqa: F401  # each adds itself to the table
+    linear_logprobs_cuda,
+    logprobs_cuda,
+    logprobs_triton,
+    topk_cuda,
+)
 from deeprec.ops.allowed import AllowedTokens
 from deeprec.ops.index import IndexStats, ItemIndex
 from deeprec.ops.linear_logprobs import linear_logprobs
