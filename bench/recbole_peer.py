@@ -60,7 +60,7 @@ def _write(folder: Path, name: str, rows: list[str]) -> None:
 
 
 def evaluation(
-    model: str, data: str, folder: Path
+    model: str, data: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Callable[[], dict[str, float]], dict[str, Any]]:
     """RecBole's evaluation on the test users, and what it is over."""
     import recbole
@@ -83,9 +83,10 @@ def evaluation(
         "state": "ERROR",
         "checkpoint_dir": str(folder / "saved"),
     }
-    arguments, sys.argv = sys.argv, sys.argv[:1]  # RecBole would read pytest's
+    # RecBole would read pytest's arguments, and writes logs into the working directory.
+    monkeypatch.setattr(sys, "argv", sys.argv[:1])
+    monkeypatch.chdir(folder)
     config = Config(model=model, dataset=data, config_dict=settings)
-    sys.argv = arguments
     init_seed(0, True)
     dataset = create_dataset(config)
     train, _, test = data_preparation(config, dataset)
