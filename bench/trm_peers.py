@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deeprec.trm import PreferenceAwareTRM
+from deeprec.trm.convolution import multiply_spectra
 
 __all__ = ["CompiledTRM", "authors_path", "recbole_ms"]
 
@@ -58,12 +59,11 @@ class CompiledTRM:
         model = self.model
         width = history.shape[1]
         padded = F.pad(history, (0, model.config.max_length - width))
-        ids = torch.fft.rfft(F.embedding(padded, table), dim=1, norm="ortho")
-        fused = torch.fft.rfft(F.embedding(padded, texts), dim=1, norm="ortho") * ids
-        filtered = ids * torch.view_as_complex(model.complex_weight)
+        # Real matrices instead of complex transforms, which torch.compile does not generate.
+        ids, words = (model._spectrum(F.embedding(padded.T, table)) for table in (table, texts))
+        kernel = model.complex_weight.permute(3, 1, 0, 2).flatten(0, 1)
         a, b = (
-            torch.fft.irfft(x, n=model.config.max_length, dim=1, norm="ortho")[:, :width]
-            for x in (filtered, fused)
+            model._sequence(multiply_spectra(ids, other))[:, :width] for other in (kernel, words)
         )
         mixed = 2 * (
             a * torch.sigmoid(model.item_gating(a)) + b * torch.sigmoid(model.fusion_gating(b))
