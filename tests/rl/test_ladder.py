@@ -132,9 +132,8 @@ class Study:
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     folder = tmp_path_factory.mktemp("ladder")
     config = RunConfig(out=str(folder / "shared"))
-    config.policy.title = replace(config.policy.title, hidden_size=128, layers=3, heads=2)
-    config.policy.pretrain = replace(config.policy.pretrain, learning_rate=2e-3)
-    config.policy.warm_start = replace(config.policy.warm_start, learning_rate=2e-3)
+    config.trm = replace(config.trm, max_epochs=4)
+    config.policy.warm_start = replace(config.policy.warm_start, conversations=4000)
     shared = Parts(config, RunFolder.of(config))
     shared.folder.root.mkdir()
     pretrain_policy(shared)

@@ -25,7 +25,7 @@ from deeprec.trm.training import similar_items, validation_ndcg
 CONFIG = TRMTrainConfig(
     hidden=16, inner=32, n_layers=1, n_experts=2, max_length=5, batch_size=32, max_epochs=6,
     patience=6, learning_rate=1e-2, dropout=0.1, dtype="fp32",
-    mix=PreferenceMix(target=0.5, history=0.1, wrong=0.0, noise=0.0),
+    mix=PreferenceMix(target=0.5, history=0.1, wrong=0.0, noise=0.0), lookahead=0.0, average=0.5,
 )  # fmt: skip
 
 
