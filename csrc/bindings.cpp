@@ -6,7 +6,9 @@
 #include "cpu/linear_logprobs.h"
 #include "cpu/logprobs.h"
 #include "cpu/peaks.h"
+#include "cpu/huge_pages.h"
 #include "cpu/topk.h"
+#include "cpu/trm.h"
 
 namespace py = pybind11;
 using namespace deeprec;
@@ -55,8 +57,11 @@ void bind_topk(py::module_& m) {
                               pointer<const uint32_t>(order), pointer<const double>(center)};
            }),
            py::arg("codes"), py::arg("bounds"), py::arg("order"), py::arg("center"));
+  m.def("advise_huge_pages", [](uintptr_t data, int64_t bytes) {
+    advise_huge_pages(pointer<void>(data), bytes);
+  });
   m.def("topk_code_shape", [](int64_t count, int64_t dim) {
-    const int64_t blocks = (count + kGroupRows - 1) / kGroupRows * 2;
+    const int64_t blocks = (count + kBlockRows - 1) / kBlockRows;
     return std::make_tuple(blocks, code_shape(dim).quads, kBlockRows);
   });
   m.def("topk_row_norms",
@@ -121,7 +126,7 @@ void bind_logprobs(py::module_& m) {
   m.def(
       "gather_logprobs",
       [](const GatherProblem& p, uintptr_t values, uintptr_t entropy, uintptr_t states) {
-        gather_kernels().forward(
+        gather_logprobs(
             p, {pointer<float>(values), pointer<float>(entropy), pointer<SoftmaxState>(states)});
       },
       py::arg("problem"), py::kw_only(), py::arg("values"), py::arg("entropy"), py::arg("states"),
@@ -130,7 +135,7 @@ void bind_logprobs(py::module_& m) {
       "gather_logprobs_backward",
       [](const GatherProblem& p, uintptr_t grad_values, uintptr_t grad_entropy, uintptr_t entropy,
          uintptr_t states, uintptr_t grad_logits) {
-        gather_kernels().backward(
+        gather_logprobs_backward(
             p, {pointer<float>(grad_values), pointer<float>(grad_entropy), pointer<float>(entropy),
                 pointer<SoftmaxState>(states), pointer<void>(grad_logits)});
       },
@@ -188,6 +193,55 @@ void bind_linear_logprobs(py::module_& m) {
 
 // ---- bind_logprobs: end ----
 
+// ---- the preference-aware TRM ----
+
+void bind_trm(py::module_& m) {
+  py::class_<trm::Model>(m, "TRMModel")
+      .def(py::init<const std::map<std::string, int64_t>&, double,
+                    const std::map<std::string, uintptr_t>&>(),
+           py::arg("sizes"), py::arg("eps"), py::arg("tensors"));
+  py::class_<trm::Request>(m, "TRMRequest")
+      .def(py::init([](int64_t count, std::tuple<uintptr_t, int64_t, uintptr_t> history,
+                       uintptr_t states, uintptr_t preference, int threads) {
+             trm::Request r;
+             r.count = count;
+             r.history = pointer<const int64_t>(std::get<0>(history));
+             r.history_width = std::get<1>(history);
+             r.lengths = pointer<const int64_t>(std::get<2>(history));
+             r.states = pointer<const float>(states);
+             r.preference = pointer<const float>(preference);
+             r.threads = threads;
+             return r;
+           }),
+           py::arg("count"), py::arg("history"), py::arg("states"), py::arg("preference"),
+           py::arg("threads"));
+  m.def(
+      "trm_encode",
+      [](const trm::Model& model, trm::Request request, uintptr_t states, uintptr_t users) {
+        request.states_out = pointer<float>(states);
+        request.users = pointer<float>(users);
+        encode(model, request);
+      },
+      py::arg("model"), py::arg("request"), py::kw_only(), py::arg("states"), py::arg("users"),
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "trm_retrieve",
+      [](const trm::Model& model, const trm::Request& request, const topk::ItemRows& rows,
+         const topk::Prefilter& filter, int64_t k, std::pair<uintptr_t, uintptr_t> exclude,
+         bool exclude_history, std::pair<uintptr_t, uintptr_t> answer) {
+        retrieve(model, request,
+                 {{rows, filter},
+                  k,
+                  {pointer<const int64_t>(exclude.first), pointer<const int64_t>(exclude.second)},
+                  exclude_history,
+                  pointer<float>(answer.first),
+                  pointer<int64_t>(answer.second)});
+      },
+      py::arg("model"), py::arg("request"), py::arg("rows"), py::arg("filter"), py::arg("k"),
+      py::arg("exclude"), py::arg("exclude_history"), py::arg("answer"),
+      py::call_guard<py::gil_scoped_release>());
+}
+
 // ---- peaks ----
 
 void bind_peaks(py::module_& m) {
@@ -201,6 +255,8 @@ void bind_peaks(py::module_& m) {
           [unit = unit](double seconds, int threads) { return operations(unit, seconds, threads); },
           py::arg("seconds"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
   }
+  m.def("peak_exp_sum", &exp_sum_rate, py::arg("seconds"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
   m.def("peak_read_bandwidth", &read_bandwidth, py::arg("seconds"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>());
 }
@@ -214,4 +270,5 @@ PYBIND11_MODULE(_C, m) {
   bind_peaks(m);
   bind_logprobs(m);
   bind_linear_logprobs(m);
+  bind_trm(m);
 }

@@ -28,6 +28,12 @@ inline Vec load(const Bf16* p) {
 inline Vec load(const F16* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))};
 }
+// Two vectors of bf16, the even and the odd ones: one operation a vector instead of two.
+inline void load_two(const Bf16* p, Vec& a, Vec& b) {
+  const __m512i pairs = _mm512_loadu_si512(p);
+  a = {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))};
+  b = {_mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000))))};
+}
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 #if defined(__AVX512BF16__)
 inline void store(Bf16* p, Vec a) {
@@ -170,6 +176,13 @@ inline float maximum(Vec a) {
 #endif
 
 // On every level max(a, b) returns b when either is NaN.
+
+// The first 2 · width numbers at p, in any order.
+template <class T>
+inline void load_two(const T* p, Vec& a, Vec& b) {
+  a = load(p);
+  b = load(p + Vec::width);
+}
 
 // The first n < width numbers at p, then `fill`.
 template <class T>

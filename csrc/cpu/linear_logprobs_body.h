@@ -129,9 +129,14 @@ struct alignas(64) PanelSoftmax {
       Vec sums[2] = {load(sum + c) * ratio, set1(0.f)};
       Vec terms[2] = {fma(load(sum + c), shift, load(weighted + c)) * ratio, set1(0.f)};
       const auto term = [&](int64_t row, int j) {
-        const Vec d = exp.clamp(load(z + row * kSide + c) - now), e = exp(d);
-        sums[j] = sums[j] + e;
-        if constexpr (kEntropy) terms[j] = fma(e, d, terms[j]);
+        const Vec d = exp.clamp(load(z + row * kSide + c) - now);
+        if constexpr (kEntropy) {
+          Vec e;
+          sums[j] = exp.add(d, sums[j], e);
+          terms[j] = fma(e, d, terms[j]);
+        } else {
+          sums[j] = exp.add(d, sums[j]);
+        }
       };
       for (r = 0; r + 2 <= rows; r += 2) term(r, 0), term(r + 1, 1);
       for (; r < rows; ++r) term(r, 0);

@@ -23,6 +23,7 @@ __all__ = [
     "op_table",
     "register",
     "reset_op_table",
+    "runnable",
     "select",
     "timed",
 ]
@@ -101,6 +102,11 @@ def select(op: str, requested: str | None, *tensors: Any) -> Backend:
             return backend
         reasons.append(f"{backend.name}: {reason}")
     raise RuntimeError(f"{op}: no backend can run these inputs ({'; '.join(reasons)})")
+
+
+def runnable(op: str, *tensors: Any) -> list[str]:
+    """The backends of ``op`` that can run on ``tensors``, in order of preference."""
+    return [backend.name for backend in _TABLE[op] if backend.why_not(*tensors) is None]
 
 
 def explain(op: str, *tensors: Any) -> str:

@@ -41,16 +41,14 @@ class LastItemTRM(torch.nn.Module):
         self.config = SimpleNamespace(n_items=N_ITEMS)
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
-    def retrieve(self, history, lengths, preference, k, *, exclude=None):
+    def retrieve(self, history, lengths, preference, k, *, exclude_history):
         centre = history.gather(1, lengths[:, None] - 1).float()
         if preference is not None:
             centre = preference.float()
         scores = -(torch.arange(N_ITEMS + 1) - centre).abs() / N_ITEMS
         scores[:, 0] = -torch.inf
-        if exclude is not None:
-            offsets, ids = torch.as_tensor(exclude.offsets), torch.as_tensor(exclude.ids)
-            rows = torch.repeat_interleave(torch.arange(len(history)), offsets.diff())
-            scores[rows, ids] = -torch.inf
+        if exclude_history:
+            scores.scatter_(1, history, -torch.inf)
         values, indices = scores.topk(k)
         return SimpleNamespace(values=values, indices=indices.masked_fill(values == -torch.inf, -1))
 

@@ -7,7 +7,7 @@ import torch
 
 from deeprec import AllowedTokens, backends, gather_logprobs, linear_logprobs
 
-BACKENDS = backends.available()["linear_logprobs"]
+BACKENDS = backends.runnable("linear_logprobs", torch.zeros(1, 1), torch.zeros(1, 1), None)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

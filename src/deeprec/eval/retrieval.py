@@ -16,7 +16,6 @@ from deeprec.eval.popularity import (
     best_first,
     tune_recent,
 )
-from deeprec.ops import SeenItems
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -132,13 +131,12 @@ def _retrieve(
     device = next(trm.parameters()).device
     values, indices = [], []
     for start, part in zip(range(0, len(requests), BATCH), _parts(requests), strict=True):
-        history = torch.from_numpy(part.history)
         found = trm.retrieve(
-            history.to(device),
+            torch.from_numpy(part.history).to(device),
             torch.from_numpy(part.lengths).to(device),
             None if preference is None else preference[start : start + BATCH].to(device),
             k,
-            exclude=SeenItems.from_padded(history) if exclude_history else None,
+            exclude_history=exclude_history,
         )
         values.append(found.values.double().cpu().numpy())
         indices.append(found.indices.clamp_min(0).cpu().numpy())

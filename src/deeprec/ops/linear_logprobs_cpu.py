@@ -1,31 +1,16 @@
-"""The C++ backend of linear_logprobs as ``torch.library`` ops, so that graphs may hold it."""
+"""The C++ backend of linear_logprobs: tensors to pointers, sizes and strides."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from deeprec import _C, backends
-from deeprec.ops.allowed import AllowedTokens
+from deeprec.ops.linear_logprobs_op import define, empty_gradients, empty_outputs
 from deeprec.ops.logprob_checks import check_range
 from deeprec.ops.logprobs_cpu import address, dtype_name
 
 __all__ = ["run", "why_not"]
-
-_LIBRARY = torch.library.Library("deeprec", "FRAGMENT")
-_LIBRARY.define(
-    "linear_logprobs(Tensor hidden, Tensor weight, Tensor ids, Tensor? bias, float temperature, "
-    "Tensor? mask, Tensor? allowed_offsets, Tensor? allowed_ids, bool entropy) "
-    "-> (Tensor, Tensor, Tensor)"
-)
-_LIBRARY.define(
-    "linear_logprobs_backward(Tensor grad_values, Tensor? grad_entropy, Tensor hidden, "
-    "Tensor weight, Tensor ids, Tensor? bias, float temperature, Tensor? mask, "
-    "Tensor? allowed_offsets, Tensor? allowed_ids, Tensor entropy, Tensor states, "
-    "bool[3] wanted) -> (Tensor, Tensor, Tensor)"
-)
 
 
 def why_not(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
@@ -36,33 +21,6 @@ def why_not(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
         if tensor is not None and tensor.dtype == torch.float64:
             return f"{name} is float64, which only the reference computes"
     return None
-
-
-def run(
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    mask: Tensor | None,
-    allowed: AllowedTokens | None,
-    entropy: bool,
-) -> tuple[Tensor, Tensor]:
-    """Values ``[...]`` and entropy ``[...]`` (empty unless asked for)."""
-    lead = hidden.shape[:-1]
-    offsets, permitted = (None, None) if allowed is None else (allowed.offsets, allowed.ids)
-    values, entropies, _ = torch.ops.deeprec.linear_logprobs(
-        hidden.reshape(lead.numel(), hidden.shape[-1]),
-        weight,
-        ids.reshape(-1).long(),
-        None if bias is None else bias.float(),
-        temperature,
-        None if mask is None else mask.reshape(-1),
-        offsets,
-        permitted,
-        entropy,
-    )
-    return values.view(lead), entropies.view(lead) if entropy else entropies
 
 
 def _matrix(tensor: Tensor) -> tuple[int, str, int, int, int]:
@@ -96,25 +54,6 @@ class _Problem:
         )
 
 
-def _empty_outputs(
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    mask: Tensor | None,
-    offsets: Tensor | None,
-    permitted: Tensor | None,
-    entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows = hidden.shape[0]
-    return (
-        hidden.new_empty((rows,), dtype=torch.float32),
-        hidden.new_empty((rows if entropy else 0,), dtype=torch.float32),
-        hidden.new_empty((rows, 2), dtype=torch.float32),
-    )
-
-
 def _forward(
     hidden: Tensor,
     weight: Tensor,
@@ -126,7 +65,7 @@ def _forward(
     permitted: Tensor | None,
     entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    values, entropies, states = _empty_outputs(
+    values, entropies, states = empty_outputs(
         hidden, weight, ids, bias, temperature, mask, offsets, permitted, entropy
     )
     with backends.timed("linear_logprobs", "cpu"):
@@ -139,18 +78,6 @@ def _forward(
             states=address(states),
         )
     return values, entropies, states
-
-
-def _empty_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Contiguous, and zero where rows that do not count leave them untouched."""
-    nothing = hidden.new_empty((0,))
-    return (
-        hidden.new_zeros(hidden.shape) if wanted[0] else nothing,
-        weight.new_empty(weight.shape) if wanted[1] else nothing.clone(),
-        bias.new_zeros(bias.shape) if wanted[2] and bias is not None else nothing.clone(),
-    )
 
 
 def _backward(
@@ -168,7 +95,7 @@ def _backward(
     states: Tensor,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = _empty_gradients(hidden, weight, bias, wanted)
+    gradients = empty_gradients(hidden, weight, bias, wanted)
     with backends.timed("linear_logprobs_backward", "cpu"):
         problem = _Problem((hidden, weight), ids, bias, temperature, mask, (offsets, permitted))
         grad_values = grad_values.contiguous()
@@ -187,54 +114,4 @@ def _backward(
     return gradients
 
 
-def _fake_backward(
-    grad_values: Tensor,
-    grad_entropy: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_gradients(hidden, weight, bias, rest[-1])
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, ids, bias, ctx.temperature, mask, offsets, permitted, ctx.entropy = inputs
-    _, entropy, states = output
-    ctx.save_for_backward(hidden, weight, ids, bias, mask, offsets, permitted, entropy, states)
-
-
-def _autograd(
-    ctx: Any, grad_values: Tensor, grad_entropy: Tensor, grad_states: Tensor
-) -> tuple[Tensor | None, ...]:
-    hidden, weight, ids, bias, mask, offsets, permitted, entropy, states = ctx.saved_tensors
-    wanted = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-    gradients = torch.ops.deeprec.linear_logprobs_backward(
-        grad_values,
-        grad_entropy if ctx.entropy else None,
-        hidden,
-        weight,
-        ids,
-        bias,
-        ctx.temperature,
-        mask,
-        offsets,
-        permitted,
-        entropy,
-        states,
-        wanted,
-    )
-    grad_hidden, grad_weight, grad_bias = (
-        gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)
-    )
-    return grad_hidden, grad_weight, None, grad_bias, None, None, None, None, None
-
-
-_LIBRARY.impl("linear_logprobs", _forward, "CPU")
-_LIBRARY.impl("linear_logprobs_backward", _backward, "CPU")
-torch.library.register_fake("deeprec::linear_logprobs", _empty_outputs, lib=_LIBRARY)
-torch.library.register_fake("deeprec::linear_logprobs_backward", _fake_backward, lib=_LIBRARY)
-torch.library.register_autograd(
-    "deeprec::linear_logprobs", _autograd, setup_context=_setup_context, lib=_LIBRARY
-)
+run = define("linear_logprobs", "CPU", _forward, _backward)

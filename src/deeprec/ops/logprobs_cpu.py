@@ -1,28 +1,15 @@
-"""The C++ backend of gather_logprobs as ``torch.library`` ops, so that graphs may hold it."""
+"""The C++ backend of gather_logprobs: tensors to pointers, sizes and strides."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from deeprec import _C, backends
-from deeprec.ops.allowed import AllowedTokens
 from deeprec.ops.logprob_checks import check_range
+from deeprec.ops.logprobs_op import define, empty_outputs
 
 __all__ = ["run", "why_not"]
-
-_LIBRARY = torch.library.Library("deeprec", "FRAGMENT")
-_LIBRARY.define(
-    "gather_logprobs(Tensor logits, Tensor ids, float temperature, Tensor? mask, "
-    "Tensor? allowed_offsets, Tensor? allowed_ids, bool entropy) -> (Tensor, Tensor, Tensor)"
-)
-_LIBRARY.define(
-    "gather_logprobs_backward(Tensor grad_values, Tensor? grad_entropy, Tensor logits, "
-    "Tensor ids, float temperature, Tensor? mask, Tensor? allowed_offsets, "
-    "Tensor? allowed_ids, Tensor entropy, Tensor states) -> Tensor"
-)
 
 
 def why_not(logits: Tensor) -> str | None:
@@ -32,22 +19,6 @@ def why_not(logits: Tensor) -> str | None:
     if logits.dtype == torch.float64:
         return "logits are float64, which only the reference computes"
     return None
-
-
-def run(
-    logits: Tensor,
-    ids: Tensor,
-    temperature: float,
-    mask: Tensor | None,
-    allowed: AllowedTokens | None,
-    entropy: bool,
-) -> tuple[Tensor, Tensor]:
-    """Values of the shape of ids ``[..., K]`` and entropy ``[...]`` (empty unless asked for)."""
-    offsets, permitted = (None, None) if allowed is None else (allowed.offsets, allowed.ids)
-    values, entropies, _ = torch.ops.deeprec.gather_logprobs(
-        logits, ids.long(), temperature, mask, offsets, permitted, entropy
-    )
-    return values, entropies
 
 
 def address(tensor: Tensor | None) -> int:
@@ -106,7 +77,7 @@ def _forward(
     permitted: Tensor | None,
     entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    values, entropies, states = _empty_outputs(
+    values, entropies, states = empty_outputs(
         logits, ids, temperature, mask, offsets, permitted, entropy
     )
     with backends.timed("gather_logprobs", "cpu"):
@@ -119,23 +90,6 @@ def _forward(
             states=address(states),
         )
     return values, entropies, states
-
-
-def _empty_outputs(
-    logits: Tensor,
-    ids: Tensor,
-    temperature: float,
-    mask: Tensor | None,
-    offsets: Tensor | None,
-    permitted: Tensor | None,
-    entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    lead = logits.shape[:-1]
-    return (
-        logits.new_empty(ids.shape, dtype=torch.float32),
-        logits.new_empty(lead if entropy else (0,), dtype=torch.float32),
-        logits.new_empty((*lead, 2), dtype=torch.float32),
-    )
 
 
 def _backward(
@@ -166,39 +120,4 @@ def _backward(
     return grad_logits
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, ids, ctx.temperature, mask, offsets, permitted, ctx.entropy = inputs
-    _, entropy, states = output
-    ctx.save_for_backward(logits, ids, mask, offsets, permitted, entropy, states)
-
-
-def _autograd(
-    ctx: Any, grad_values: Tensor, grad_entropy: Tensor, grad_states: Tensor
-) -> tuple[Tensor | None, ...]:
-    logits, ids, mask, offsets, permitted, entropy, states = ctx.saved_tensors
-    grad_logits = torch.ops.deeprec.gather_logprobs_backward(
-        grad_values,
-        grad_entropy if ctx.entropy else None,
-        logits,
-        ids,
-        ctx.temperature,
-        mask,
-        offsets,
-        permitted,
-        entropy,
-        states,
-    )
-    return grad_logits, None, None, None, None, None, None
-
-
-_LIBRARY.impl("gather_logprobs", _forward, "CPU")
-_LIBRARY.impl("gather_logprobs_backward", _backward, "CPU")
-torch.library.register_fake("deeprec::gather_logprobs", _empty_outputs, lib=_LIBRARY)
-torch.library.register_fake(
-    "deeprec::gather_logprobs_backward",
-    lambda grad_values, grad_entropy, logits, *rest: logits.new_empty(logits.shape),
-    lib=_LIBRARY,
-)
-torch.library.register_autograd(
-    "deeprec::gather_logprobs", _autograd, setup_context=_setup_context, lib=_LIBRARY
-)
+run = define("gather_logprobs", "CPU", _forward, _backward)

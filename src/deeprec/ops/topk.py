@@ -58,7 +58,7 @@ def topk_retrieve(
         items: ``[N, D]``, float32, bfloat16 or float16, finite; or an index, whose metric holds.
         k: at least 1; beyond the items left, answers are padded.
         exclude: item indices not to return, per query.
-        backend: "cpu", "reference" or None for the first that can run.
+        backend: "cuda", "triton", "cpu", "reference" or None for the first that can run.
 
     Returns:
         :class:`TopK`, on the device of the queries.
@@ -67,6 +67,9 @@ def topk_retrieve(
         TypeError: a dtype does not fit.
         ValueError: a shape, device, k or backend does not fit, or a value is not finite.
         IndexError: an excluded index is out of range.
+
+    On a GPU no value is checked, because that would wait for the device: a query or item that is
+    not finite makes its answer meaningless, an excluded index out of range excludes nothing.
     """
     from deeprec.ops.index import ItemIndex
 
@@ -148,7 +151,7 @@ _LIBRARY.define(
 _LIBRARY.define("normalize_rows(Tensor vectors, str name) -> Tensor")
 
 
-def _outputs(queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def outputs(queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     count = queries.shape[0]
     return (
         queries.new_empty(count, k),
@@ -167,17 +170,24 @@ def _topk(
     k: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if ids is not None and len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(items):
+    # On a GPU these would wait for it; an index checks its items once, when it is built.
+    waits = queries.is_cuda
+    if (
+        not waits
+        and ids is not None
+        and len(ids)
+        and not 0 <= int(ids.min()) <= int(ids.max()) < len(items)
+    ):
         raise IndexError(
             f"exclude holds ids from {int(ids.min())} to {int(ids.max())}, but the items are "
             f"0 … {len(items) - 1}"
         )
-    if table is None and items.numel() and not _all_finite(items):
+    if not waits and table is None and items.numel() and not _all_finite(items):
         raise ValueError("items hold NaN or infinity; every item must be finite")
-    chosen = backends.select(OP, backend or None, queries, items)
+    chosen = backends.select(OP, backend or None, queries, items, k)
     with backends.timed(OP, chosen.name):
-        outputs: tuple[Tensor, Tensor, Tensor] = chosen.run(queries, items, table, offsets, ids, k)
-    return outputs
+        answer: tuple[Tensor, Tensor, Tensor] = chosen.run(queries, items, table, offsets, ids, k)
+    return answer
 
 
 @torch.library.register_fake("deeprec::topk", lib=_LIBRARY)
@@ -190,7 +200,7 @@ def _fake_topk(
     k: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _outputs(queries, k)
+    return outputs(queries, k)
 
 
 def _all_finite(values: Tensor) -> bool:
@@ -198,7 +208,7 @@ def _all_finite(values: Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
-def _pointer(tensor: Tensor | None) -> int:
+def pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
 
 
@@ -211,7 +221,7 @@ def item_rows(items: Tensor) -> _C.ItemRows:
 
 def prefilter_view(table: list[Tensor] | None) -> _C.Prefilter:
     """The kernels' view of an index's codes, bounds, order and center; None or [] is without."""
-    return _C.Prefilter(*map(_pointer, table or (None,) * 4))
+    return _C.Prefilter(*map(pointer, table or (None,) * 4))
 
 
 def _run_cpu(
@@ -222,18 +232,18 @@ def _run_cpu(
     ids: Tensor | None,
     k: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    values, indices, rescored = outputs = _outputs(queries, k)
+    values, indices, rescored = answer = outputs(queries, k)
     _C.topk_search(
         item_rows(items),
         prefilter_view(table),
         queries.data_ptr(),
         len(queries),
         k,
-        (_pointer(offsets), _pointer(ids)),
+        (pointer(offsets), pointer(ids)),
         (values.data_ptr(), indices.data_ptr(), rescored.data_ptr()),
         torch.get_num_threads(),
     )
-    return outputs
+    return answer
 
 
 def _run_reference(
@@ -251,12 +261,12 @@ def _run_reference(
     return values, indices, indices.new_full((len(queries),), len(items))
 
 
-def _why_not_cpu(queries: Tensor, items: Tensor) -> str | None:
+def _why_not_cpu(queries: Tensor, items: Tensor, k: int = 1) -> str | None:
     return None if queries.device.type == "cpu" else f"tensors are on {queries.device}"
 
 
 backends.register(OP, "cpu", _run_cpu, _why_not_cpu)
-backends.register(OP, "reference", _run_reference, lambda queries, items: None)
+backends.register(OP, "reference", _run_reference, lambda queries, items, k=1: None)
 
 
 @torch.library.impl(_LIBRARY, "normalize_rows", "CompositeExplicitAutograd")

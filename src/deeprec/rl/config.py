@@ -80,8 +80,9 @@ class RLConfig:
     as many as an update needs. ``credit="list_item"`` gives every turn and listed title its own
     return (:mod:`deeprec.rl.credit`), in which the gains of later titles count ``list_discount``
     times as much from one to the next. ``precision="bf16"`` runs the forward under autocast.
-    ``name`` says which lines of a shared ``metrics.jsonl`` and which checkpoints are this
-    training's.
+    ``fsdp`` spreads weights, gradients and optimizer state over the processes (FSDP2) in place of
+    a replica in each. ``name`` says which lines of a shared ``metrics.jsonl`` and which
+    checkpoints are this training's.
     """
 
     steps: int = 20
@@ -97,6 +98,7 @@ class RLConfig:
     tokens_per_batch: int = 16_384
     gradient_checkpointing: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
+    fsdp: bool = False
     checkpoint_every: int = 10
     keep_checkpoints: int = 1
     seed: int = 0

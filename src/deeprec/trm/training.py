@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -166,7 +166,7 @@ def train_trm(
     steps = config.max_epochs * batches
     schedule = LambdaLR(optimizer, lambda step: _rate(step, steps))
     averaged = AveragedModel(model, avg_fn=partial(_average, config.average))
-    evaluated: PreferenceAwareTRM = averaged.module
+    evaluated = cast(PreferenceAwareTRM, averaged.module)
     log: list[Epoch] = []
     best = copy.deepcopy(model.state_dict())
     began = time.perf_counter()

@@ -1,0 +1,33 @@
+"""Where the GPU backends of an op plug in, and the reasons why they may not run.
+
+A GPU backend is a module ``ops/OP_cuda.py`` or ``ops/OP_triton.py`` that hands its kernels to the
+op's own hook (``logprobs_op.define``, ``linear_logprobs_op.define``; top-k takes them from the
+table) and itself to :func:`deeprec.backends.register`.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+from torch import Tensor
+
+__all__ = ["interpreting", "why_not_triton"]
+
+INSTALLED = find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton runs its kernels on the CPU, step by step, as the tests make it do."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def why_not_triton(tensor: Tensor) -> str | None:
+    """None where Triton kernels can run on ``tensor``, else the reason."""
+    if tensor.device.type == "cpu" and not interpreting():
+        return "tensors are on cpu; Triton needs an NVIDIA or AMD GPU"
+    if tensor.device.type not in ("cuda", "cpu"):  # torch calls AMD's devices cuda as well
+        return f"tensors are on {tensor.device}; Triton needs an NVIDIA or AMD GPU"
+    if not INSTALLED:
+        return "triton is not installed; pip install 'deeprec[gpu]'"
+    return None

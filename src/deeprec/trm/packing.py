@@ -1,0 +1,163 @@
+"""A TRM's parameters in the layout of the fused kernel (``csrc/cpu/trm.h``).
+
+Everything that does not depend on a request is computed here: the adaptor of every item's text,
+the convolution's filter in time, scaled queries, weights in panels of 32 columns. Widths are
+padded with zeros to whole panels, heads each on its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deeprec.trm.layers import EncoderLayer
+
+if TYPE_CHECKING:
+    from deeprec.trm.model import PreferenceAwareTRM
+
+__all__ = ["adapted_texts", "filter_in_time", "pack_tensors", "sizes"]
+
+PANEL = 32
+# Item texts that go through the adaptor at once.
+CHUNK = 4096
+
+
+def padded(n: int) -> int:
+    """n rounded up to whole panels."""
+    return -(-n // PANEL) * PANEL
+
+
+def sizes(model: PreferenceAwareTRM) -> dict[str, int]:
+    """What the kernel needs to know besides the tensors."""
+    c = model.config
+    return {
+        "n_items": c.n_items,
+        "text_dim": c.text_dim,
+        "hidden": c.hidden,
+        "inner": c.inner,
+        "n_layers": c.n_layers,
+        "n_heads": c.n_heads,
+        "n_experts": c.n_experts,
+        "max_length": c.max_length,
+    }
+
+
+@torch.no_grad()
+def pack_tensors(model: PreferenceAwareTRM, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The kernel's tensors by name; weights of linear maps in ``dtype``, all else in float32.
+
+    ``items`` is the model's own table, not a copy. Raises ValueError, naming the parameter, where
+    one is not finite.
+    """
+    for name, parameter in model.named_parameters():
+        if not name.endswith("w_noise") and not bool(
+            torch.isfinite(parameter.sum(dtype=torch.float64))
+        ):
+            if bool(torch.isfinite(parameter).all()):
+                continue
+            raise ValueError(
+                f"{name} holds NaN or infinity: the training diverged or the checkpoint is damaged"
+            )
+    config, hidden = model.config, model.config.hidden
+    width, head = padded(hidden), hidden // config.n_heads
+    tensors = {
+        "items": model.item_embedding.weight.detach().contiguous(),
+        "texts": adapted_texts(model),
+        "kernel": _pad(filter_in_time(model).repeat(2, 1), width),
+        "gates.weight": _pad(
+            torch.cat([model.item_gating.weight, model.fusion_gating.weight]), width
+        ),
+        "gates.bias": torch.cat([model.item_gating.bias, model.fusion_gating.bias]),
+        "positions": _pad(model.position_embedding.weight, width),
+        **_norm("input_norm", model.LayerNorm),
+        **_norm("output_norm", model.OutLayerNorm),
+    }
+
+    def linear(name: str, weights: Sequence[Tensor], bias: Tensor | None = None) -> None:
+        """Maps ``[out, in]`` one after the other, each of them padded."""
+        tensors[f"{name}.weight"] = torch.cat([_panels(weight, dtype) for weight in weights])
+        if bias is not None:
+            tensors[f"{name}.bias"] = bias.detach().float().contiguous()
+
+    linear("adaptor.gate", [model.moe_adaptor.w_gate.T])
+    experts = [expert.get_parameter("lin.weight") for expert in model.moe_adaptor.experts]
+    linear("adaptor.experts", experts)
+    for index, module in enumerate(model.trm_encoder.layer):
+        layer = cast(EncoderLayer, module)
+        name = f"layer.{index}."
+        attention, feed = layer.multi_head_attention, layer.feed_forward
+        scale = 1 / math.sqrt(head)
+        queries = _by_head(attention.query, config.n_heads, scale)
+        keys = _by_head(attention.key, config.n_heads)
+        values = _by_head(attention.value, config.n_heads)
+        if index < config.n_layers - 1:
+            weight, bias = (torch.cat(part) for part in zip(queries, keys, values, strict=True))
+            linear(name + "project", [weight], bias)
+        else:
+            linear(name + "project", [queries[0]], queries[1])
+            # A query's product with all keys goes through K^T; the keys' bias adds the same to
+            # every score, which softmax takes off again.
+            linear(name + "key", [part.T for part in keys[0].split(padded(head))])
+            linear(name + "value", list(values[0].split(padded(head))), values[1])
+        out = attention.out_linear.weight.unflatten(1, (config.n_heads, head))
+        linear(
+            name + "out",
+            [_pad(out, padded(head)).flatten(1)],
+            _pad(attention.out_linear.bias, width),
+        )
+        linear(name + "up", [feed.linear_1.weight], _pad(feed.linear_1.bias, padded(config.inner)))
+        linear(name + "down", [feed.linear_2.weight], _pad(feed.linear_2.bias, width))
+        tensors |= _norm(name + "attention_norm", attention.LayerNorm)
+        tensors |= _norm(name + "feed_norm", feed.LayerNorm)
+    return tensors
+
+
+def filter_in_time(model: PreferenceAwareTRM) -> Tensor:
+    """The learned filter of the contextual convolution over positions, float32 ``[L, H]``."""
+    spectrum = torch.view_as_complex(model.complex_weight.double())
+    return torch.fft.irfft(spectrum, n=model.config.max_length, dim=1)[0].float()
+
+
+def adapted_texts(model: PreferenceAwareTRM) -> Tensor:
+    """The adaptor's output for every row of the text table, float32 ``[n_items + 1, H]``."""
+    adaptor, table = model.moe_adaptor, model.item_plm_embedding.weight
+    was_training = adaptor.training
+    adaptor.eval()  # dropout and the gate's noise are for training
+    try:
+        return torch.cat([adaptor(rows) for rows in table.split(CHUNK)])
+    finally:
+        adaptor.train(was_training)
+
+
+def _pad(x: Tensor, width: int) -> Tensor:
+    """Zeros after the last dimension, up to ``width``."""
+    return F.pad(x.detach().float(), (0, width - x.shape[-1])).contiguous()
+
+
+def _norm(name: str, norm: nn.LayerNorm) -> dict[str, Tensor]:
+    width = padded(len(norm.weight))
+    return {f"{name}.weight": _pad(norm.weight, width), f"{name}.bias": _pad(norm.bias, width)}
+
+
+def _by_head(linear: nn.Linear, n_heads: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Weight ``[n_heads * padded head, in]`` and bias of a projection whose heads are padded."""
+    weight = linear.weight.detach().double().unflatten(0, (n_heads, -1)) * scale
+    bias = linear.bias.detach().double().unflatten(0, (n_heads, -1)) * scale
+    width = padded(weight.shape[1])
+    weight = F.pad(weight, (0, 0, 0, width - weight.shape[1]))
+    return weight.flatten(0, 1).float(), _pad(bias, width).flatten()
+
+
+def _panels(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[out, in]`` → float32 ``[out / 32, in, 32]``, or bfloat16 ``[out / 32, in / 2, 32, 2]``."""
+    out, inputs = weight.shape
+    weight = F.pad(weight.detach(), (0, padded(inputs) - inputs, 0, padded(out) - out))
+    panels = weight.unflatten(0, (-1, PANEL)).transpose(1, 2)
+    if dtype == torch.bfloat16:
+        return panels.unflatten(1, (-1, 2)).transpose(2, 3).to(dtype).contiguous()
+    return panels.float().contiguous()
