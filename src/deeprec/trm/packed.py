@@ -339,7 +339,7 @@ def _tensor(result: Any) -> Tensor:
 
 def _checksum(index: ItemIndex) -> str:
     """Tells item tables apart."""
-    return f"{zlib.crc32(index.items.numpy()):08x}"
+    return f"{zlib.crc32(index.items.numpy().data):08x}"
 
 
 # ---- backends ----
