@@ -131,6 +131,9 @@ class ScriptedEngine:
     def sleep(self) -> None:
         pass
 
+    def close(self) -> None:
+        pass
+
     def sync_weights(self) -> None:
         pass
 

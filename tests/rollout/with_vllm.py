@@ -13,8 +13,13 @@ import pytest
 import rl_world
 import torch
 from test_transformers_engine import check_logprobs, prompts, random_ids
-from tiny_world import TITLES, make_model
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from tiny_world import TITLES
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from deeprec.rl import RLConfig, Trainer
 from deeprec.rollout import (
@@ -27,8 +32,22 @@ from deeprec.rollout import (
 )
 from deeprec.rollout.protocol import LIST_CLOSE, LIST_OPEN
 
-OPTIONS = VLLMOptions(eager=True, timeout=240.0, max_conversations=16)
+OPTIONS = VLLMOptions(eager=True, timeout=600.0, max_conversations=16)
 LONG = SamplingConfig(max_turn_tokens=9, max_tokens=400)
+
+
+def make_model() -> PreTrainedModel:
+    """Two heads of 32: vLLM's attention on the CPU knows no smaller ones."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    model = Qwen2ForCausalLM(
+        Qwen2Config(vocab_size=200, max_position_embeddings=4096, **shape, **heads)
+    )
+    for parameter in model.parameters():
+        parameter.data.mul_(3)  # opinionated
+    model.generation_config.eos_token_id = None
+    return model.eval()
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +167,7 @@ def test_a_dead_engine_is_an_error_and_can_be_started_again(
 
 def test_a_training_step(tmp_path: Path) -> None:
     """Temperature 0.7, conversations with the tool, constrained lists; then the next weights."""
-    world = rl_world.make_world()
+    world = rl_world.make_world(hidden=64)
     world.warm_start(60)
     sampling = SamplingConfig(temperature=0.7, top_p=1.0, max_turn_tokens=64, max_tokens=400)
     engine = VLLMEngine(world.policy, world.engine.tokenizer, sampling, options=OPTIONS)

@@ -169,6 +169,11 @@ class TransformersEngine:
         self._check_idle("the engine is put to sleep")
         self._cache.clear()
 
+    def close(self) -> None:
+        """Give the memory of conversations back."""
+        self.restart()
+        self._cache.clear()
+
     def sync_weights(self) -> None:
         """Take over the model's current weights. No conversation may be open.
 

@@ -32,6 +32,8 @@ __all__ = ["VLLMEngine", "VLLMOptions"]
 T = TypeVar("T")
 
 SHARED_MEMORY = Path("/dev/shm")
+# Loading weights and compiling the model takes minutes for large ones.
+START_SECONDS = 1800.0
 # What a launcher tells this process about the others would confuse vLLM's own.
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -300,7 +302,9 @@ class VLLMEngine:
             }
         )
         with _own_device():
-            self._vllm = self._call("start", lambda: LLMEngine.from_engine_args(arguments))
+            self._vllm = self._call(
+                "start", lambda: LLMEngine.from_engine_args(arguments), START_SECONDS
+            )
 
     def _stop(self) -> None:
         vllm, self._vllm = self._vllm, None
@@ -317,7 +321,7 @@ class VLLMEngine:
         save_file(weights, draft, metadata={"format": "pt"})
         os.replace(draft, self._folder / "model.safetensors")
 
-    def _call(self, doing: str, function: Callable[[], T]) -> T:
+    def _call(self, doing: str, function: Callable[[], T], timeout: float | None = None) -> T:
         """``function()``, unless it fails or takes longer than the time-out: EngineError."""
         answer: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue()
 
@@ -329,12 +333,11 @@ class VLLMEngine:
 
         # vLLM waits without end for a process that hangs: only a thread can be left behind.
         threading.Thread(target=run, daemon=True, name=f"vllm {doing}").start()
+        seconds = timeout or self.options.timeout
         try:
-            result, error = answer.get(timeout=self.options.timeout)
+            result, error = answer.get(timeout=seconds)
         except queue.Empty:
-            raise EngineError(
-                f"vLLM has not answered for {self.options.timeout:g} s ({doing})"
-            ) from None
+            raise EngineError(f"vLLM has not answered for {seconds:g} s ({doing})") from None
         if isinstance(error, Exception):
             raise EngineError(f"vLLM failed ({doing}): {error!r}") from error
         if error is not None:
