@@ -119,7 +119,9 @@ class FakeTRM(nn.Module):
         preference: Tensor,
         k: int,
         *,
-        exclude: Any = None,
+        exclude: Any,
+        exclude_history: bool = False,
+        cache: Any = None,
     ) -> SimpleNamespace:
         found = []
         for row, (items, wish) in enumerate(
@@ -127,6 +129,7 @@ class FakeTRM(nn.Module):
         ):
             start, stop = exclude.offsets[row], exclude.offsets[row + 1]
             seen = set(exclude.ids[start:stop].tolist())
+            seen |= set(items) if exclude_history else set()
             target = self.targets[tuple(items)]
             order = np.random.default_rng([*items, *wish]).permutation(self.n_items) + 1
             ranked = [int(item) for item in order if item not in seen and item != target][:k]

@@ -1,6 +1,13 @@
 """Public ops: checked, documented and dispatched to the kernels."""
 
-from deeprec.ops import logprobs_triton, topk_cuda  # noqa: F401  # each adds itself to the table
+from deeprec.ops import (  # noqa: F401  # each adds itself to the table
+    linear_logprobs_cuda,
+    linear_logprobs_triton,
+    logprobs_cuda,
+    logprobs_triton,
+    topk_cuda,
+    topk_triton,
+)
 from deeprec.ops.allowed import AllowedTokens
 from deeprec.ops.index import IndexStats, ItemIndex
 from deeprec.ops.linear_logprobs import linear_logprobs
