@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
@@ -51,7 +52,23 @@ def _parsers() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
         ArgumentParser(description="deeprec info: versions, instruction set and backends."),
         help="show versions, instruction set and backends of every op",
     )
+    compare = ArgumentParser(
+        description="deeprec compare: NDCG@10 of finished runs side by side, as Markdown."
+    )
+    compare.add_argument("folders", nargs="+", type=Path, help="run folders")
+    commands.add_subcommand("compare", compare, help="finished runs side by side")
     return parser, by_name
+
+
+def _compare(folders: Sequence[Path]) -> int:
+    from deeprec.pipeline.compare import comparison_tables
+
+    try:
+        print(comparison_tables(folders))
+    except FileNotFoundError as error:
+        print(f"deeprec compare: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _info() -> None:
@@ -77,6 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command == "info":
         _info()
         return 0
+    if command == "compare":
+        return _compare(parsed.compare.folders)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     from transformers.utils import logging as transformers_logging
 

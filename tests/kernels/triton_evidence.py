@@ -2,7 +2,8 @@
 
 ``python tests/kernels/triton_evidence.py --write`` compiles all of them (minutes) and writes
 ``docs/gpu_evidence_triton.json`` and the table of ``docs/TRITON.md``; without ``--write`` it only
-compiles, checks, and compares with what is written. No GPU is needed, and nothing is timed.
+compiles, checks, and demands that the same kernels are written. No GPU is needed, and nothing is
+timed.
 """
 
 from __future__ import annotations
@@ -160,6 +161,11 @@ def compile_case(task: tuple[str, str]) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
+def identity(r: dict[str, Any]) -> list[Any]:
+    """What does not depend on the version of a compiler."""
+    return [r[name] for name in ("case", "kernel", "target", "config", "threads")]
+
+
 def faults(rows: list[dict[str, Any]]) -> list[str]:
     """What no kernel may do."""
     bad = []
@@ -212,8 +218,8 @@ def main() -> int:
         TABLE.write_text(head + MARK + "\n" + table(rows))
     else:
         written = json.loads(EVIDENCE.read_text())
-        if written["triton"] == triton.__version__ and written != evidence:
-            bad.append(f"{EVIDENCE.name} is not what compiles now: run this with --write")
+        if [identity(r) for r in written["rows"]] != [identity(r) for r in rows]:
+            bad.append(f"{EVIDENCE.name} is of other kernels: run this with --write")
     print("\n".join(bad) or f"{len(rows)} kernels compiled, nothing wrong")
     return bool(bad)
 

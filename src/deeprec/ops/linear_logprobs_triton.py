@@ -150,7 +150,7 @@ def _forward(
     )
     if hidden.shape[0] == 0:
         return outputs
-    with backends.timed("linear_logprobs", "triton"):
+    with torch.cuda.device_of(hidden), backends.timed("linear_logprobs", "triton"):
         if reads_values(hidden):
             check_range(ids, mask, permitted, weight.shape[0])
         problem = _Problem(hidden, weight, ids, bias, 1 / temperature, mask, offsets, permitted)
@@ -236,7 +236,7 @@ def _backward(
     gradients = empty_gradients(hidden, weight, bias, wanted)
     if hidden.shape[0] == 0:
         return gradients[0], gradients[1].zero_(), gradients[2]
-    with backends.timed("linear_logprobs_backward", "triton"):
+    with torch.cuda.device_of(hidden), backends.timed("linear_logprobs_backward", "triton"):
         problem = _Problem(hidden, weight, ids, bias, 1 / temperature, mask, offsets, permitted)
         grad_values, grad_entropy = contiguous(grad_values, grad_entropy)
         _Backward(problem, grad_values, grad_entropy, entropy, states).run(gradients, wanted)
