@@ -37,6 +37,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("deeprec benchmarks")
     group.addoption("--benchmark", action="store_true", help="run the benchmarks under bench/")
     group.addoption("--short", action="store_true", help="smallest sizes only, for CI")
+    group.addoption("--seconds", type=float, default=6.0, help="at most, a callable (default 6)")
+    group.addoption("--append", action="store_true", help="keep other rows of bench/results")
     group.addoption("--threads", type=int, default=2, help="threads for everybody (default 2)")
 
 
@@ -57,7 +59,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def table(request: pytest.FixtureRequest) -> Table:
     """Collects rows; printed and written when the session ends."""
     config = request.config
-    rows = Table(short=config.getoption("--short"), threads=config.getoption("--threads"))
+    rows = Table(
+        short=config.getoption("--short"),
+        threads=config.getoption("--threads"),
+        seconds=config.getoption("--seconds"),
+    )
     config.stash[TABLE] = rows
     return rows
 
@@ -74,5 +80,9 @@ def pytest_terminal_summary(
     suffix = "-short" if rows.short else ""
     for op in dict.fromkeys(result["op"] for result in rows.results):
         name = op.replace(" ", "_") + suffix
+        if config.getoption("--append") and (RESULTS / f"{name}.json").exists():
+            measured = [row["what"] for row in rows.results if row["op"] == op]
+            earlier = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+            rows.results = [r for r in earlier if r["what"] not in measured] + rows.results
         (RESULTS / f"{name}.md").write_text(markdown(rows, op))
         (RESULTS / f"{name}.json").write_text(json.dumps(rows.as_json(op), indent=1))

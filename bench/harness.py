@@ -15,12 +15,14 @@ from deeprec import _C, __version__
 
 __all__ = ["Table", "markdown"]
 
-# Each callable of a row runs at least this often and this long, and no longer than the limit.
+# Each callable of a row runs at least this often and this long, unless the limit comes first.
 MIN_ROUNDS, MIN_SECONDS, MAX_SECONDS = 5, 0.3, 6.0
 PEAK_SECONDS = 0.3
 
 
-def timings(calls: Mapping[str, Callable[[], Any]], short: bool) -> dict[str, list[float]]:
+def timings(
+    calls: Mapping[str, Callable[[], Any]], short: bool, limit: float = MAX_SECONDS
+) -> dict[str, list[float]]:
     """Seconds of every round of every callable, run in turn after one unmeasured round."""
     for call in calls.values():
         call()
@@ -33,7 +35,7 @@ def timings(calls: Mapping[str, Callable[[], Any]], short: bool) -> dict[str, li
             seconds[name].append(time.perf_counter() - before)
         rounds, elapsed = len(next(iter(seconds.values()))), time.perf_counter() - start
         enough = rounds >= MIN_ROUNDS and elapsed >= MIN_SECONDS * len(calls)
-        if short or enough or elapsed > MAX_SECONDS * len(calls):
+        if short or enough or elapsed > limit * len(calls):
             return seconds
 
 
@@ -44,8 +46,8 @@ def median(values: list[float]) -> float:
 class Table:
     """The rows measured in this run of pytest, and the machine's peaks measured beside them."""
 
-    def __init__(self, *, short: bool, threads: int) -> None:
-        self.short, self.threads = short, threads
+    def __init__(self, *, short: bool, threads: int, seconds: float = MAX_SECONDS) -> None:
+        self.short, self.threads, self.seconds = short, threads, seconds
         self.results: list[dict[str, Any]] = []
         torch.set_num_threads(threads)
 
@@ -53,7 +55,7 @@ class Table:
     def peaks(self) -> dict[str, float]:
         """Operations (bytes) a second, by unit: what small kernels reach on this machine."""
         seconds = 0.02 if self.short else PEAK_SECONDS
-        names = ("fp32_fma", "fp64_fma", "int8_dot", "bf16_dot", "read_bandwidth")
+        names = ("fp32_fma", "fp64_fma", "int8_dot", "bf16_dot", "exp_sum", "read_bandwidth")
         peaks = {n: float(getattr(_C, f"peak_{n}")(seconds, self.threads)) for n in names}
         if "avx512_vnni" in _C.available_isas() and _C.isa() == "amx":
             # The vector unit's own peaks: what sets without a matrix unit can reach.
@@ -84,7 +86,7 @@ class Table:
         give % of peak, ``bytes_read`` gives % of bandwidth. ``notes`` become columns as they are.
         A peer whose name ends in "(inexact)" is shown, but is not the one to beat.
         """
-        seconds = timings({**ours, **peers}, self.short)
+        seconds = timings({**ours, **peers}, self.short, self.seconds)
         exact = [name for name in peers if not name.endswith("(inexact)")]
         first = median(seconds[next(iter(ours))])
         result: dict[str, Any] = {
@@ -106,6 +108,19 @@ class Table:
             result["percent_of_bandwidth"] = 100 * bytes_read / first / self.peaks["read_bandwidth"]
         self.results.append(result)
         return result
+
+    def facts(self, op: str, what: Mapping[str, Any], columns: Mapping[str, Any]) -> None:
+        """Add a row of things that are not timings."""
+        self.results.append(
+            {
+                "op": op,
+                "what": dict(what),
+                "median_ms": {},
+                "best_ms": {},
+                "ours": [""],
+                "notes": dict(columns),
+            }
+        )
 
     def machine(self) -> str:
         peaks = ", ".join(

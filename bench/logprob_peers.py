@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["gather_peers", "linear_peers"]
+__all__ = ["HOLDS_LOGITS", "gather_peers", "linear_peers"]
 
 Peer = Callable[..., Tensor]
+
+# Peers of linear_logprobs that keep all logits in memory.
+HOLDS_LOGITS = ("torch", "torch.compile", "cce torch_compile")
 
 
 def _log_softmax(logits: Tensor, ids: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Token log-probs: from logits and through a linear head, against every fused or plain peer.
 
-Errors are the largest against float64, ours and the worst peer's. Memory is the growth of the
-peak resident set in a process of its own, beyond inputs and returned gradients.
+Errors are the largest against float64. Memory is the growth of the peak resident set in a process
+of its own, beyond inputs and returned gradients. A peer is left out of shapes where it would need
+more than LOGITS_BYTES for one copy of the logits, or where every call takes tens of seconds.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,40 +22,30 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 
 from harness import Table
-from logprob_peers import Peer, gather_peers, linear_peers
+from logprob_peers import HOLDS_LOGITS, Peer, gather_peers, linear_peers
 
 from deeprec import gather_logprobs, linear_logprobs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Vocabularies: MovieLens-1M, Amazon Video Games, SmolLM2, Qwen2.5.
-GATHER = [(2048, 3668), (2048, 49_152), (512, 151_936)]
-LINEAR = [
-    (512, 256, 3668),
-    (2048, 256, 3668),
-    (2048, 256, 25_612),
-    (2048, 576, 49_152),
-    (512, 896, 151_936),
-    (2048, 896, 151_936),
-    (8192, 576, 49_152),
-]
+# MovieLens-1M, Amazon Video Games, SmolLM2, Qwen2.5.
+VOCABULARIES = (3668, 25_612, 49_152, 151_936)
+ROWS = (512, 2048, 8192)
+WIDTHS = (256, 576, 896)
+HEADLINE = (2048, 576, 49_152)
+SHORT = (512, 256, 3668)
 # Rows whose float64 truth is computed: enough to find the error, little enough to be quick.
 CHECKED = 64
+LOGITS_BYTES = 13 * 10**8  # peers hold three or four copies
+# Multiply-adds counted as two, forward: up to the first every peer runs, up to the second torch.
+EVERY_PEER, TORCH_ONLY = 30e9, 130e9
 
 
-def fails(peer: Peer, *arguments: Tensor) -> str | None:
-    """Why a peer does not run here, or None. A peer that cannot is left out and named."""
+def outcome(peer: Peer, *arguments: Tensor) -> Tensor | str:
+    """Log-probs, or why a peer does not run here: those are left out and named."""
     try:
-        peer(*arguments)
+        return peer(*arguments).detach()
     except Exception as error:
         return type(error).__name__
-    return None
-
-
-def errors(peers: dict[str, Peer], truth: Tensor, *arguments: Tensor) -> dict[str, float]:
-    return {
-        name: float((peer(*arguments).double()[: len(truth)] - truth).abs().max())
-        for name, peer in peers.items()
-    }
 
 
 def backward(peer: Peer, leaves: list[Tensor], ids: Tensor) -> Callable[[], None]:
@@ -67,80 +58,113 @@ def backward(peer: Peer, leaves: list[Tensor], ids: Tensor) -> Callable[[], None
 
 
 def measure(
-    table: Table, op: str, what: dict[str, Any], ours: Peer, peers: dict[str, Peer], **cost: Any
-) -> Callable[..., None]:
-    """Rows for forward and forward + backward of one shape."""
+    table: Table,
+    op: str,
+    what: Mapping[str, Any],
+    ours: Peer,
+    peers: Mapping[str, Peer],
+    arguments: tuple[list[Tensor], Tensor, Tensor],
+    **cost: Any,
+) -> None:
+    """Rows for forward and forward + backward of one shape, and one of errors.
 
-    def rows(inputs: list[Tensor], ids: Tensor, truth: Tensor) -> None:
-        broken = {name: fails(peer, *inputs, ids) for name, peer in peers.items()}
-        alive = {name: peer for name, peer in peers.items() if broken[name] is None}
-        error = errors({"deeprec": ours, **alive}, truth, *inputs, ids)
-        assert error["deeprec"] <= 2 * max(error["torch"], 2**-20)
-        worst = max(alive, key=lambda name: error[name])
-        notes = {"error": f"{error['deeprec']:.1e}", "worst peer": f"{worst} {error[worst]:.1e}"}
-        notes["does not run"] = ", ".join(f"{n} ({why})" for n, why in broken.items() if why)
-        forward = {"deeprec": lambda: ours(*inputs, ids)}
-        others = {name: (lambda p=peer: p(*inputs, ids)) for name, peer in alive.items()}
-        result = table.row(
-            op, {**what, "pass": "forward"}, ours=forward, peers=others, notes=notes, **cost
-        )
-        result["notes"]["fastest peer"] = result["fastest_peer"]
-        leaves = [x.clone().requires_grad_() for x in inputs]
-        result = table.row(
-            op,
-            {**what, "pass": "+ backward"},
-            ours={"deeprec": backward(ours, leaves, ids)},
-            peers={name: backward(peer, leaves, ids) for name, peer in alive.items()},
-        )
-        result["notes"]["fastest peer"] = result["fastest_peer"]
+    ``arguments`` are the inputs, token ids and float64 log-probs of the first CHECKED rows.
+    """
+    inputs, ids, truth = arguments
+    everyone = {"deeprec": ours, **peers}
+    outcomes = {name: outcome(peer, *inputs, ids) for name, peer in everyone.items()}
+    error = {
+        name: float((values[: len(truth)].double() - truth).abs().max())
+        for name, values in outcomes.items()
+        if isinstance(values, Tensor)
+    }
+    # torch's own error where it runs: one rounding of the largest log-prob at least
+    rounding = float(truth.abs().max()) * 2**-24
+    assert error["deeprec"] <= 2 * max(error.get("torch", 0.0), rounding)
+    cells = {n: f"{error[n]:.1e}" if n in error else outcomes[n] for n in everyone}
+    table.facts(f"{op} largest error", what, cells)
 
-    return rows
+    alive = {name: peer for name, peer in peers.items() if name in error}
+    result = table.row(
+        op,
+        {**what, "pass": "forward"},
+        ours={"deeprec": lambda: ours(*inputs, ids)},
+        peers={name: (lambda p=peer: p(*inputs, ids)) for name, peer in alive.items()},
+        **cost,
+    )
+    result["notes"]["fastest peer"] = result.get("fastest_peer", "none ran")
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    result = table.row(
+        op,
+        {**what, "pass": "+ backward"},
+        ours={"deeprec": backward(ours, leaves, ids)},
+        peers={name: backward(peer, leaves, ids) for name, peer in alive.items()},
+    )
+    result["notes"]["fastest peer"] = result.get("fastest_peer", "none ran")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "vocabulary"), GATHER)
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+@pytest.mark.parametrize("rows", ROWS)
 def test_gather_logprobs(table: Table, rows: int, vocabulary: int, dtype: str) -> None:
-    if table.short and (rows, vocabulary) != GATHER[0]:
+    if table.short and (rows, vocabulary) != (SHORT[0], SHORT[2]):
         pytest.skip("takes too long for --short")
+    if rows * vocabulary * DTYPES[dtype].itemsize > LOGITS_BYTES:
+        pytest.skip("the logits alone are too large")
     torch.manual_seed(0)
-    logits = (torch.randn(rows, vocabulary) * 3).to(DTYPES[dtype])
+    logits = torch.randn(rows, vocabulary).mul_(3).to(DTYPES[dtype])
     ids = torch.randint(0, vocabulary, (rows,))
     truth = logits[:CHECKED].double().log_softmax(-1).gather(-1, ids[:CHECKED, None])[:, 0]
-    what = {"T": rows, "V": vocabulary, "dtype": dtype}
-    run = measure(
+    measure(
         table,
         "gather_logprobs",
-        what,
+        {"T": rows, "V": vocabulary, "dtype": dtype},
         gather_logprobs,
         gather_peers(not table.short),
+        ([logits], ids, truth),
+        operations=rows * vocabulary,
+        unit="exp_sum",
         bytes_read=logits.nbytes,
     )
-    run([logits], ids, truth)
+
+
+def peers_at(rows: int, size: int, vocabulary: int, dtype: str, short: bool) -> dict[str, Peer]:
+    """The peers a shape is measured with; see the top of this file."""
+    work = 2.0 * rows * size * vocabulary
+    fits = rows * vocabulary * DTYPES[dtype].itemsize <= LOGITS_BYTES
+    if work > TORCH_ONLY or short:
+        peers = linear_peers(compiled=False) if short else {}
+    elif work > EVERY_PEER and (rows, size, vocabulary) != HEADLINE:
+        peers = {"torch": linear_peers(compiled=False)["torch"]}
+    else:
+        peers = linear_peers()
+    return {name: peer for name, peer in peers.items() if fits or name not in HOLDS_LOGITS}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "size", "vocabulary"), LINEAR)
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+@pytest.mark.parametrize("size", WIDTHS)
+@pytest.mark.parametrize("rows", ROWS)
 def test_linear_logprobs(table: Table, rows: int, size: int, vocabulary: int, dtype: str) -> None:
-    if table.short and (rows, size, vocabulary) != LINEAR[0]:
+    if table.short and (rows, size, vocabulary) != SHORT:
         pytest.skip("takes too long for --short")
     torch.manual_seed(0)
     hidden = torch.randn(rows, size).to(DTYPES[dtype])
-    weight = (torch.randn(vocabulary, size) * 3 * size**-0.5).to(DTYPES[dtype])
+    weight = torch.randn(vocabulary, size).mul_(3 * size**-0.5).to(DTYPES[dtype])
     ids = torch.randint(0, vocabulary, (rows,))
     logits = hidden[:CHECKED].double() @ weight.double().T
     truth = logits.log_softmax(-1).gather(-1, ids[:CHECKED, None])[:, 0]
-    what = {"T": rows, "H": size, "V": vocabulary, "dtype": dtype}
-    unit = "fp32_fma" if dtype == "fp32" else "bf16_dot"
-    run = measure(
+    del logits
+    measure(
         table,
         "linear_logprobs",
-        what,
+        {"T": rows, "H": size, "V": vocabulary, "dtype": dtype},
         linear_logprobs,
-        linear_peers(not table.short),
+        peers_at(rows, size, vocabulary, dtype, table.short),
+        ([hidden, weight], ids, truth),
         operations=2.0 * rows * size * vocabulary,
-        unit=unit,
+        unit="fp32_fma" if dtype == "fp32" else "bf16_dot",
     )
-    run([hidden, weight], ids, truth)
 
 
 def megabytes_of(name: str, rows: int, size: int, vocabulary: int, dtype: str) -> float:
@@ -168,27 +192,17 @@ def megabytes_of(name: str, rows: int, size: int, vocabulary: int, dtype: str) -
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_memory(table: Table, dtype: str) -> None:
-    shape = LINEAR[0] if table.short else LINEAR[3]
+    rows, size, vocabulary = SHORT if table.short else HEADLINE
     megabytes = {}
     for name in ("deeprec", *linear_peers(not table.short)):
-        arguments = json.dumps([name, *shape, dtype])
+        arguments = json.dumps([name, rows, size, vocabulary, dtype])
         answer = subprocess.run(
             [sys.executable, __file__, arguments], capture_output=True, text=True, check=False
         )
         done = answer.returncode == 0
         megabytes[f"{name} MB"] = f"{float(answer.stdout):.0f}" if done else "does not run"
-    rows, size, vocabulary = shape
     what = {"T": rows, "H": size, "V": vocabulary, "dtype": dtype}
-    table.results.append(
-        {
-            "op": "linear_logprobs extra memory",
-            "what": what,
-            "median_ms": {},
-            "best_ms": {},
-            "ours": [""],
-            "notes": megabytes,
-        }
-    )
+    table.facts("linear_logprobs extra memory", what, megabytes)
     if not table.short:
         assert float(megabytes["deeprec MB"]) <= 64
 

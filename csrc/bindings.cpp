@@ -7,6 +7,7 @@
 #include "cpu/linear_logprobs.h"
 #include "cpu/logprobs.h"
 #include "cpu/peaks.h"
+#include "cpu/huge_pages.h"
 #include "cpu/topk.h"
 #include "cpu/trm.h"
 #ifdef DEEPREC_CUDA_ARCHITECTURES  // by CMakeLists.txt, where there is an nvcc
@@ -60,8 +61,11 @@ void bind_topk(py::module_& m) {
                               pointer<const uint32_t>(order), pointer<const double>(center)};
            }),
            py::arg("codes"), py::arg("bounds"), py::arg("order"), py::arg("center"));
+  m.def("advise_huge_pages", [](uintptr_t data, int64_t bytes) {
+    advise_huge_pages(pointer<void>(data), bytes);
+  });
   m.def("topk_code_shape", [](int64_t count, int64_t dim) {
-    const int64_t blocks = (count + kGroupRows - 1) / kGroupRows * 2;
+    const int64_t blocks = (count + kBlockRows - 1) / kBlockRows;
     return std::make_tuple(blocks, code_shape(dim).quads, kBlockRows);
   });
   m.def("topk_row_norms",
@@ -255,6 +259,8 @@ void bind_peaks(py::module_& m) {
           [unit = unit](double seconds, int threads) { return operations(unit, seconds, threads); },
           py::arg("seconds"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
   }
+  m.def("peak_exp_sum", &exp_sum_rate, py::arg("seconds"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
   m.def("peak_read_bandwidth", &read_bandwidth, py::arg("seconds"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>());
 }

@@ -8,6 +8,9 @@ import pytest
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run tests that train for minutes")
     parser.addoption(
+        "--peers", action="store_true", help="also run tests that install other libraries"
+    )
+    parser.addoption(
         "--emulator",
         choices=["plain", "address", "thread"],
         default="plain",
@@ -16,8 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--slow"):
-        return
     for item in items:
-        if "slow" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="takes minutes: run with --slow"))
+        for option in ("slow", "peers"):
+            if item.get_closest_marker(option) and not config.getoption(f"--{option}"):
+                item.add_marker(pytest.mark.skip(reason=f"run with --{option}"))

@@ -2,6 +2,7 @@
 
 #include "cpu/huge_pages.h"
 #include "cpu/isa.h"
+#include "cpu/peaks.h"
 
 namespace deeprec {
 
@@ -27,6 +28,10 @@ void gather_logprobs(const GatherProblem& p, const GatherForward& out) { kernels
 void gather_logprobs_backward(const GatherProblem& p, const GatherBackward& io) {
   advise_huge_pages(io.grad_logits, p.rows * p.vocabulary * dtype_size(p.dtype));
   kernels().backward(p, io);
+}
+
+double exp_sum_rate(double seconds, int threads) {
+  return peaks::best_rate(kernels().exp_sum, seconds, threads);
 }
 
 }  // namespace deeprec

@@ -38,10 +38,15 @@ struct GatherBackward {
 void gather_logprobs(const GatherProblem& problem, const GatherForward& out);
 void gather_logprobs_backward(const GatherProblem& problem, const GatherBackward& io);
 
+// Exponentials a second when the logits wait in the first-level cache: what gather_logprobs could
+// do if memory cost nothing. A yardstick, like those of peaks.h.
+double exp_sum_rate(double seconds, int threads);
+
 // Of one instruction set.
 struct GatherKernels {
   void (*forward)(const GatherProblem&, const GatherForward&);
   void (*backward)(const GatherProblem&, const GatherBackward&);
+  double (*exp_sum)(int64_t rounds);  // returns its exponentials
 };
 
 }  // namespace deeprec

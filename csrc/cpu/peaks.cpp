@@ -2,8 +2,9 @@
 
 #include <algorithm>
 #include <chrono>
-#include <vector>
+#include <memory>
 
+#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
 
 namespace deeprec::peaks {
@@ -38,7 +39,10 @@ double read_bandwidth(double seconds, int threads) {
   double total = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : total)
   {
-    const std::vector<uint64_t> data(size_t(words), 1);
+    // As the tables of an index: on huge pages where there are any, and written after the advice.
+    const std::unique_ptr<uint64_t[]> data(new uint64_t[size_t(words)]);
+    advise_huge_pages(data.get(), words * 8);
+    std::fill_n(data.get(), words, 1);
     double best = 0;
     for (int64_t pass = 0; pass < passes; ++pass) {
 #pragma omp barrier
@@ -61,7 +65,10 @@ double operations(Unit unit, double seconds, int threads) {
                                  : unit == Unit::fp64_fma ? kernels.fp64_fma
                                  : unit == Unit::int8_dot ? kernels.int8_dot
                                                           : kernels.bf16_dot;
-  if (!run) return 0;
+  return run ? best_rate(run, seconds, threads) : 0;
+}
+
+double best_rate(double (*run)(int64_t rounds), double seconds, int threads) {
   double total = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : total)
   {

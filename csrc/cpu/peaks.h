@@ -21,6 +21,9 @@ struct Kernels {
 enum class Unit { fp32_fma, fp64_fma, int8_dot, bf16_dot };
 double operations(Unit unit, double seconds, int threads);
 
+// What `run` does in a second at best, summed over threads; it returns what one call did.
+double best_rate(double (*run)(int64_t rounds), double seconds, int threads);
+
 const Kernels* scalar_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx_vnni_kernels();

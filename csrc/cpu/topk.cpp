@@ -65,13 +65,13 @@ struct Plan {
   const Kernels& kernels;
   bool use_codes;
   int64_t k;       // what is asked for, or all there is
-  int64_t groups;  // of kGroupRows rows
-  int64_t chunk;   // groups
+  int64_t blocks;  // of kBlockRows rows
+  int64_t chunk;   // blocks
   Grid grid;
 };
 
 Plan make_plan(const Index& index, const Request& request) {
-  const int64_t n = index.rows.count, groups = (n + kGroupRows - 1) / kGroupRows;
+  const int64_t n = index.rows.count, blocks = (n + kBlockRows - 1) / kBlockRows;
   const int64_t k = std::max<int64_t>(1, std::min(request.k, n));
   const bool use_codes = index.filter.codes && n >= kSmallestTable && k <= n / kLargestShare;
   const int64_t row_bytes =
@@ -81,35 +81,35 @@ Plan make_plan(const Index& index, const Request& request) {
   if (request.count * n * index.rows.dim < kParallelWork) threads = 1;
   Grid grid;
   grid.query_parts = std::min(threads, std::max<int64_t>(1, request.count / kQueriesPerThread));
-  grid.item_parts = std::max<int64_t>(1, std::min(threads / grid.query_parts, groups));
-  return {index, request, active_kernels(), use_codes, k, groups,
-          std::max<int64_t>(8, cache_bytes() / 2 / (kGroupRows * row_bytes)), grid};
+  grid.item_parts = std::max<int64_t>(1, std::min(threads / grid.query_parts, blocks));
+  return {index, request, active_kernels(), use_codes, k, blocks,
+          std::max<int64_t>(8, cache_bytes() / 2 / (kBlockRows * row_bytes)), grid};
 }
 
 // fp32 neighbours that enclose a real number, rounding to nearest and subnormals included.
 float below(double x) { return float(x - std::fabs(x) * 0x1p-23 - 0x1p-149); }
 float above(double x) { return float(x + std::fabs(x) * 0x1p-23 + 0x1p-149); }
 
-// One thread's share: a range of queries against a range of groups.
+// One thread's share: a range of queries against a range of blocks.
 class Cell {
  public:
   Cell(const Plan& plan, const Queries& queries, CandidateList* lists, int64_t query_begin,
-       int64_t query_end, int64_t group_begin, int64_t group_end)
-      : plan_(plan), queries_(queries), lists_(lists), group_begin_(group_begin),
-        group_end_(group_end), shape_(code_shape(plan.index.rows.dim)),
+       int64_t query_end, int64_t block_begin, int64_t block_end)
+      : plan_(plan), queries_(queries), lists_(lists), block_begin_(block_begin),
+        block_end_(block_end), shape_(code_shape(plan.index.rows.dim)),
         table_{plan.index.filter.codes, plan.index.filter.bounds, shape_.quads, shape_.steps},
         rescorer_(plan.kernels, plan.index.rows, CandidateList::capacity(plan.k)),
-        hits_(size_t(std::max(kHits, kMaxTile * kGroupRows))),
+        hits_(size_t(std::max<int64_t>(kHits, kMaxTile * kBlockRows))),
         buffer_{hits_.data(), int64_t(hits_.size()), 0} {
-    const int64_t width = plan.kernels.tile;
+    const int64_t width = plan.kernels.tile(shape_.quads);
     for (int64_t q = query_begin; q < query_end; q += width)
       tiles_.push_back({q, int(std::min(width, query_end - q)), 0, nullptr});
   }
 
   void run() {
     if (plan_.use_codes) prepare_tiles();
-    for (int64_t g = group_begin_; g < group_end_; g += plan_.chunk) {
-      const int64_t end = std::min(group_end_, g + plan_.chunk);
+    for (int64_t g = block_begin_; g < block_end_; g += plan_.chunk) {
+      const int64_t end = std::min(block_end_, g + plan_.chunk);
       for (Span& span : tiles_) {
         if (!span.coded) {
           direct(span, g, end);
@@ -155,6 +155,10 @@ class Cell {
         tile.offset[j] = query.offset;
         tile.threshold[j] = -kInfinity;
       }
+      for (int j = tile.count; j % kSubtile; ++j) {
+        tile.norm[j] = tile.error[j] = tile.offset[j] = 0;
+        tile.threshold[j] = kInfinity;  // never reached
+      }
       start(tiles_[t]);
     }
   }
@@ -162,19 +166,19 @@ class Cell {
   // A first threshold: k rows of a sample have lower bounds that large.
   void start(const Span& span) {
     Tile& tile = *span.coded;
-    const int64_t k = plan_.k, groups = group_end_ - group_begin_;
-    const double rows = kSampleFactor * std::sqrt(double(k) * double(groups * kGroupRows));
-    const int64_t sampled = std::min(groups / 2, int64_t(rows) / kGroupRows);
-    const int64_t lanes = (2 * k + kGroupRows - 1) / kGroupRows * kGroupRows;
-    if (sampled < 2 * lanes / kGroupRows) return;
+    const int64_t k = plan_.k, blocks = block_end_ - block_begin_;
+    const double rows = kSampleFactor * std::sqrt(double(k) * double(blocks * kBlockRows));
+    const int64_t sampled = std::min(blocks / 2, int64_t(rows) / kBlockRows);
+    const int64_t lanes = (2 * k + kBlockRows - 1) / kBlockRows * kBlockRows;
+    if (sampled < 2 * lanes / kBlockRows) return;
     const size_t size = size_t(tile.count * lanes);
     std::vector<float> score(size, -kInfinity);
     std::vector<int32_t> dot(size);
     std::vector<int32_t> position(size);
     Table part = table_;
-    part.codes += group_begin_ * shape_.quads * 128;
-    part.bounds += 2 * group_begin_;
-    plan_.kernels.sample(part, tile, sampled, groups / sampled, lanes,
+    part.codes += block_begin_ * shape_.quads * 4 * kBlockRows;
+    part.bounds += block_begin_;
+    plan_.kernels.sample(part, tile, sampled, blocks / sampled, lanes,
                          {score.data(), dot.data(), position.data()});
     std::vector<Candidate> found;
     for (int j = 0; j < tile.count; ++j) {
@@ -182,7 +186,7 @@ class Cell {
       for (int64_t l = 0; l < lanes; ++l) {
         const size_t at = size_t(j * lanes + l);
         Candidate candidate;
-        const uint32_t p = uint32_t(group_begin_ * kGroupRows + position[at]);
+        const uint32_t p = uint32_t(block_begin_ * kBlockRows + position[at]);
         if (score[at] > -kInfinity && bounded(span.first + j, p, dot[at], candidate))
           found.push_back(candidate);
       }
@@ -237,7 +241,7 @@ class Cell {
 
   void scan(Span& span, int64_t begin, int64_t end) {
     Tile& tile = *span.coded;
-    // Without a threshold everything is a candidate: start with a few groups.
+    // Without a threshold everything is a candidate: start with a few blocks.
     int64_t step = std::isinf(tile.threshold[0]) ? 4 : end - begin, found = 0;
     for (int64_t g = begin; g < end;) {
       buffer_.count = 0;
@@ -254,16 +258,16 @@ class Cell {
       }
       for (int j = 0; buffer_.count && j < span.count; ++j) publish(span, j);
     }
-    if (begin != group_begin_ && found * kDenseShare > (end - begin) * kGroupRows * span.count)
+    if (begin != block_begin_ && found * kDenseShare > (end - begin) * kBlockRows * span.count)
       span.dense = kDenseChunks;
   }
 
   void direct(const Span& span, int64_t begin, int64_t end) {
-    const int64_t last = std::min(end * kGroupRows, plan_.index.rows.count);
+    const int64_t last = std::min(end * kBlockRows, plan_.index.rows.count);
     const double* exact[kMaxTile];
     for (int j = 0; j < span.count; ++j) exact[j] = queries_[span.first + j].exact;
     int64_t step = list(span, 0).count < plan_.k ? 32 : kHits / span.count;
-    for (int64_t p = begin * kGroupRows; p < last;) {
+    for (int64_t p = begin * kBlockRows; p < last;) {
       float thresholds[kMaxTile];
       for (int j = 0; j < span.count; ++j) thresholds[j] = list(span, j).threshold;
       buffer_.count = 0;
@@ -287,7 +291,7 @@ class Cell {
   const Plan& plan_;
   const Queries& queries_;
   CandidateList* lists_;  // by query
-  const int64_t group_begin_, group_end_;
+  const int64_t block_begin_, block_end_;
   const CodeShape shape_;
   const Table table_;
   Rescorer rescorer_;
@@ -372,8 +376,8 @@ void search(const Index& index, const Request& request, const Answer& answer) {
       for (int64_t cell = 0; cell < cells; ++cell) {
         const int64_t qp = cell / grid.item_parts, ip = cell % grid.item_parts;
         Cell(plan, queries, &lists[size_t(ip * count)], count * qp / grid.query_parts,
-             count * (qp + 1) / grid.query_parts, plan.groups * ip / grid.item_parts,
-             plan.groups * (ip + 1) / grid.item_parts)
+             count * (qp + 1) / grid.query_parts, plan.blocks * ip / grid.item_parts,
+             plan.blocks * (ip + 1) / grid.item_parts)
             .run();
       }
       Rescorer rescorer(plan.kernels, index.rows, capacity * grid.item_parts);

@@ -19,11 +19,10 @@ struct ItemRows {
   Dtype type;
 };
 
-// Rows of a block share one scale; codes are stored so that four dimensions of sixteen rows fill
-// one 64-byte line: codes[block][dim / 4][row][dim % 4], biased by 128 to be unsigned.
-constexpr int64_t kBlockRows = 16;
-// The scan works on two blocks at once; tables are padded to whole groups.
-constexpr int64_t kGroupRows = 2 * kBlockRows;
+// Rows of a block share one scale. A block is read front to back, as prefetchers want it: four
+// dimensions of 32 rows fill two lines, codes[block][dim / 4][row][dim % 4], biased by 128 to be
+// unsigned.
+constexpr int64_t kBlockRows = 32;
 
 // What the bound needs to know of a block, in units of the block's scale (1 / inverse_scale).
 struct BlockBound {
@@ -33,8 +32,8 @@ struct BlockBound {
 };
 
 struct Prefilter {
-  uint8_t* codes = nullptr;          // [groups * 2, quads, 16, 4]
-  BlockBound* bounds = nullptr;      // [groups * 2]
+  uint8_t* codes = nullptr;          // [blocks, quads, 32, 4]
+  BlockBound* bounds = nullptr;      // [blocks]
   const uint32_t* order = nullptr;   // [count] item stored at each position
   const double* center = nullptr;    // [dim] subtracted from every row before coding
 };

@@ -1,5 +1,5 @@
 // Intel AMX: 16 queries x 16 rows x 64 dimensions in one instruction. A block of codes is already
-// laid out as the right-hand tile; the left-hand tile is rows of query codes.
+// laid out as two right-hand tiles side by side; the left-hand tile is rows of query codes.
 #include <immintrin.h>
 
 #include "cpu/topk_kernels.h"
@@ -19,7 +19,7 @@ namespace vnni {
 constexpr int kSmallestTile = 5;
 
 struct Dots {
-  static constexpr int kTile = 32;
+  static int tile(int64_t) { return 32; }
   static int64_t scratch_bytes(int64_t) { return 0; }
   static void pack(const Table&, Tile&) {}
 
@@ -46,9 +46,9 @@ struct Dots {
     Session(const Session&) = delete;
     Session& operator=(const Session&) = delete;
 
-    void group(const uint8_t* codes, int32_t (*dots)[kGroupRows]) const {
-      if (tile_.count < kSmallestTile) return few_.group(codes, dots);
-      const int row_bytes = kGroupRows * sizeof(int32_t);
+    void block(const uint8_t* codes, int32_t (*dots)[kBlockRows]) const {
+      if (tile_.count < kSmallestTile) return few_.block(codes, dots);
+      const int row_bytes = kBlockRows * sizeof(int32_t);
       if (tile_.count <= 16) {
         _tile_zero(0);
         _tile_zero(1);
@@ -71,10 +71,17 @@ struct Dots {
           _tile_dpbsud(3, 5, 7);
         }
         _tile_stored(2, dots[16], row_bytes);
-        _tile_stored(3, dots[16] + kBlockRows, row_bytes);
+        _tile_stored(3, dots[16] + 16, row_bytes);
       }
       _tile_stored(0, dots[0], row_bytes);
-      _tile_stored(1, dots[0] + kBlockRows, row_bytes);
+      _tile_stored(1, dots[0] + 16, row_bytes);
+    }
+
+    uint64_t reach(const uint8_t* codes, uint64_t live, const int32_t* need,
+                   int32_t (*dots)[kBlockRows]) const {
+      if (tile_.count < kSmallestTile) return few_.reach(codes, live, need, dots);
+      block(codes, dots);
+      return all_queries(tile_);
     }
 
    private:
@@ -86,8 +93,9 @@ struct Dots {
 
     void load_step(const uint8_t* codes, int64_t s) const {
       _tile_loadd(4, tile_.codes + s * depth_ * 4, quads_ * 4);
-      _tile_loadd(6, codes + s * depth_ * 64, 64);
-      _tile_loadd(7, codes + quads_ * 64 + s * depth_ * 64, 64);
+      const uint8_t* step = codes + s * depth_ * kBlockRows * 4;
+      _tile_loadd(6, step, kBlockRows * 4);
+      _tile_loadd(7, step + 64, kBlockRows * 4);
     }
 
     vnni::Dots::Session few_;

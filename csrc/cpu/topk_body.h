@@ -1,9 +1,13 @@
 // The body of the top-k kernels; included by every topk_ISA.cpp inside its own namespace, after
 // it has defined
 //   Lanes   eight fp64 lanes: zero, load (fp64), widen (item type), fma, total
-//   Dots    dot products of codes: kTile, scratch_bytes, pack, and Session, set up once a scan,
-//           whose group() fills dots[query][row] for the rows of one group
-//   reach   which of a query's dots reach their block's threshold, as a bit mask
+//   Dots    dot products of codes: tile, scratch_bytes, pack, and Session, set up once a scan:
+//           block() fills dots[query][row] for the rows of one block; reach() does so only for
+//           the queries of live subtiles, and fills only those of the returned bit mask: it may
+//           leave out a query none of whose dots reaches need
+//   reach   which of a query's dots reach a threshold, as a bit mask
+//   subtile_thresholds   the integers that the dots of a subtile's queries must reach in a block,
+//           and whether any row of it can (topk_kernels.h has the formulas)
 // The order of the exact score is the contract of ops/reference/topk.py: lane j of 8 adds the
 // dimensions d = j (mod 8) ascending; lanes are summed ((0+4)+(2+6))+((1+5)+(3+7)); one rounding
 // to fp32. Products of two fp32 are exact in fp64, so fma and multiply-add agree.
@@ -138,27 +142,6 @@ void direct(const ItemRows& rows, const uint32_t* order, const double* const* qu
   }
 }
 
-// The integer each query's dots must reach in one block; false if no row of the block can reach
-// any of them, because |dot| <= |query codes| |row codes| <= norm * (norm_b + error_b).
-// Conditions are integers and values selected, not branched on, so that this becomes vectors.
-inline bool block_thresholds(const BlockBound& bound, const Tile& tile, int n,
-                             int32_t* __restrict need) {
-  const double inverse_scale = bound.inverse_scale, error = bound.error, norm = bound.norm;
-  int32_t reachable = 0;
-  for (int j = 0; j < n; ++j) {
-    // 0.001 covers the rounding of this line: a term beyond 2^40 saturates below, smaller ones
-    // are good to 2^-13 each.
-    const double t =
-        tile.threshold[j] * inverse_scale - tile.norm[j] * error - tile.error[j] * norm - 0.001;
-    reachable |= int32_t(tile.norm[j] * (norm + error) >= t);
-    double dot = t + tile.offset[j];
-    dot = dot > -2147483648.0 ? dot : -2147483648.0;
-    dot = dot < 2147483647.0 ? dot : 2147483647.0;
-    need[j] = int32_t(dot);  // towards zero: at most the ceiling
-  }
-  return reachable != 0;
-}
-
 inline void pack_once(const Table& table, Tile& tile) {
   if (tile.packed) return;
   Dots::pack(table, tile);
@@ -166,24 +149,27 @@ inline void pack_once(const Table& table, Tile& tile) {
 }
 
 int64_t scan(const Table& table, Tile& tile, int64_t begin, int64_t end, HitBuffer& hits) {
-  alignas(64) int32_t dots[kMaxTile][kGroupRows];
-  alignas(64) int32_t need[2][kMaxTile];
+  alignas(64) int32_t dots[kMaxTile][kBlockRows];
+  alignas(64) int32_t need[kMaxTile];
   pack_once(table, tile);
   const typename Dots::Session session(table, tile);
-  const int n = tile.count;
-  for (int64_t g = begin; g < end; ++g) {
-    if (hits.capacity - hits.count < n * kGroupRows) return g;
-    const bool first = block_thresholds(table.bounds[2 * g], tile, n, need[0]);
-    const bool second = block_thresholds(table.bounds[2 * g + 1], tile, n, need[1]);
-    if (!first && !second) continue;
-    session.group(table.codes + g * table.quads * 128, dots);
-    for (int j = 0; j < n; ++j) {
-      uint32_t mask = reach(dots[j], need[0][j], need[1][j]);
+  for (int64_t block = begin; block < end; ++block) {
+    if (hits.capacity - hits.count < tile.count * kBlockRows) return block;
+    uint64_t live = 0;
+    for (int j = 0; j < tile.count; j += kSubtile)
+      live |= uint64_t(subtile_thresholds(table.bounds[block], tile, j, need + j)) << j / kSubtile;
+    if (!live) continue;
+    uint64_t reached =
+        session.reach(table.codes + block * table.quads * 4 * kBlockRows, live, need, dots);
+    while (reached) {
+      const int j = __builtin_ctzll(reached);
+      reached &= reached - 1;
+      uint32_t mask = reach(dots[j], need[j]);
       while (mask) {
         const int r = __builtin_ctz(mask);
         mask &= mask - 1;
         Hit& hit = hits.hits[hits.count++];
-        hit.position = uint32_t(g * kGroupRows + r);
+        hit.position = uint32_t(block * kBlockRows + r);
         hit.query = j;
         hit.dot = dots[j][r];
       }
@@ -192,12 +178,11 @@ int64_t scan(const Table& table, Tile& tile, int64_t begin, int64_t end, HitBuff
   return end;
 }
 
-// One loop over all rows: two of sixteen would be unrolled before they could become vectors.
-inline void keep_best(const int32_t* __restrict dots, float offset, const float* __restrict scale,
-                      int32_t first, float* __restrict score, int32_t* __restrict dot,
+inline void keep_best(const int32_t* __restrict dots, float offset, float scale, int32_t first,
+                      float* __restrict score, int32_t* __restrict dot,
                       int32_t* __restrict position) {
-  for (int r = 0; r < int(kGroupRows); ++r) {
-    const float value = (float(dots[r]) - offset) * scale[r];
+  for (int r = 0; r < int(kBlockRows); ++r) {
+    const float value = (float(dots[r]) - offset) * scale;
     const bool better = value > score[r];
     score[r] = better ? value : score[r];
     dot[r] = better ? dots[r] : dot[r];
@@ -205,26 +190,24 @@ inline void keep_best(const int32_t* __restrict dots, float offset, const float*
   }
 }
 
-void sample(const Table& table, Tile& tile, int64_t groups, int64_t stride, int64_t lanes,
+void sample(const Table& table, Tile& tile, int64_t blocks, int64_t stride, int64_t lanes,
             const Sample& best) {
-  alignas(64) int32_t dots[kMaxTile][kGroupRows];
+  alignas(64) int32_t dots[kMaxTile][kBlockRows];
   pack_once(table, tile);
   const typename Dots::Session session(table, tile);
-  const int64_t sets = lanes / kGroupRows;
-  for (int64_t i = 0; i < groups; ++i) {
-    const int64_t g = i * stride;
-    session.group(table.codes + g * table.quads * 128, dots);
+  const int64_t sets = lanes / kBlockRows;
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t block = i * stride;
+    session.block(table.codes + block * table.quads * 4 * kBlockRows, dots);
     // Blocks have different scales, so lanes compare scaled scores. They are only a preference:
     // whoever uses the sample computes its bounds afresh.
-    float scale[kGroupRows];
-    for (int r = 0; r < int(kGroupRows); ++r)
-      scale[r] = 1.0f / table.bounds[2 * g + r / kBlockRows].inverse_scale;
+    const float scale = 1.0f / table.bounds[block].inverse_scale;
     for (int j = 0; j < tile.count; ++j) {
-      const int64_t lane = j * lanes + (i % sets) * kGroupRows;
-      keep_best(dots[j], float(tile.offset[j]), scale, int32_t(g * kGroupRows),
+      const int64_t lane = j * lanes + (i % sets) * kBlockRows;
+      keep_best(dots[j], float(tile.offset[j]), scale, int32_t(block * kBlockRows),
                 best.score + lane, best.dot + lane, best.position + lane);
     }
   }
 }
 
-constexpr Kernels kKernels{Dots::kTile, Dots::scratch_bytes, scan, sample, score, direct};
+constexpr Kernels kKernels{Dots::tile, Dots::scratch_bytes, scan, sample, score, direct};

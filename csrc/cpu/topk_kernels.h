@@ -9,7 +9,9 @@
 namespace deeprec::topk {
 
 // Queries a scan may work on at once.
-constexpr int kMaxTile = 32;
+constexpr int kMaxTile = 64;
+// Queries that a block is ruled out for together.
+constexpr int kSubtile = 8;
 
 struct Hit {
   uint32_t position;  // row in stored order
@@ -23,9 +25,14 @@ struct Hit {
 // Queries as the scan sees them. With unsigned row codes the scan's dots are too large by
 // offset = 128 * sum(query codes); a row whose dot is d in block b stays a candidate if
 //   d - offset >= threshold * inverse_scale_b - norm * error_b - error * norm_b,
-// everything in units of the query's scale (the proof is in topk_encode.cpp).
+// everything in units of the query's scale (the proof is in topk_encode.cpp). No row of the block
+// can be one if norm * (norm_b + error_b) is less than the right-hand side, because
+// |u.v| <= |u| |v|. kRounding covers the rounding of these lines: terms beyond 2^40 saturate the
+// integer, smaller ones are good to 2^-13 each; NaN counts as a candidate.
+constexpr double kRounding = 0.001;
+
 struct Tile {
-  int count;       // queries in use
+  int count;       // queries in use; the fields below are defined up to a whole subtile
   int8_t* codes;   // [kMaxTile, quads * 4]; zero beyond count
   void* scratch;   // the kernels' own form of the codes: scratch_bytes(quads)
   bool packed;     // scratch is filled
@@ -34,6 +41,10 @@ struct Tile {
   alignas(64) double error[kMaxTile];
   alignas(64) double offset[kMaxTile];
 };
+
+static inline uint64_t all_queries(const Tile& tile) {
+  return ~uint64_t(0) >> (kMaxTile - tile.count);
+}
 
 struct Table {
   const uint8_t* codes;
@@ -55,14 +66,14 @@ struct Sample {
 };
 
 struct Kernels {
-  int tile;  // queries worth giving to one scan
+  int (*tile)(int64_t quads);  // queries worth giving to one scan
   int64_t (*scratch_bytes)(int64_t quads);
-  // Appends candidates of groups [begin, end); returns the first group not done, because the
-  // buffer had no room for a whole group.
+  // Appends candidates of blocks [begin, end); returns the first block not done, because the
+  // buffer had no room for a whole block.
   int64_t (*scan)(const Table&, Tile&, int64_t begin, int64_t end, HitBuffer&);
-  // Of `lanes` (a multiple of 32) disjoint sets of rows out of every `stride`-th group, the best
+  // Of `lanes` (a multiple of 32) disjoint sets of rows out of every `stride`-th block, the best
   // row of each: entry [query * lanes + lane]. Scores must come filled with -inf.
-  void (*sample)(const Table&, Tile&, int64_t groups, int64_t stride, int64_t lanes,
+  void (*sample)(const Table&, Tile&, int64_t blocks, int64_t stride, int64_t lanes,
                  const Sample& best);
   // Exact scores of rows `ids` against a query widened to fp64 and zero-padded to 8.
   void (*score)(const ItemRows&, const double* query, const uint32_t* ids, int64_t n, float* out);

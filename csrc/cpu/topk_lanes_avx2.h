@@ -34,8 +34,29 @@ inline uint32_t reach8(const int32_t* dots, __m256i need) {
   return ~uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(below))) & 0xff;
 }
 
-inline uint32_t reach(const int32_t* dots, int32_t first, int32_t second) {
-  const __m256i a = _mm256_set1_epi32(first), b = _mm256_set1_epi32(second);
-  return reach8(dots, a) | reach8(dots + 8, a) << 8 | reach8(dots + 16, b) << 16 |
-         reach8(dots + 24, b) << 24;
+inline uint32_t reach(const int32_t* dots, int32_t need) {
+  const __m256i least = _mm256_set1_epi32(need);
+  return reach8(dots, least) | reach8(dots + 8, least) << 8 | reach8(dots + 16, least) << 16 |
+         reach8(dots + 24, least) << 24;
+}
+
+inline bool subtile_thresholds(const BlockBound& bound, const Tile& tile, int first,
+                               int32_t* need) {
+  const __m256d scale = _mm256_set1_pd(bound.inverse_scale), error_b = _mm256_set1_pd(bound.error),
+                norm_b = _mm256_set1_pd(bound.norm), rounding = _mm256_set1_pd(kRounding);
+  int unreachable = 0xf;
+  for (int j = first; j < first + kSubtile; j += 4) {
+    const __m256d norm = _mm256_load_pd(tile.norm + j), error = _mm256_load_pd(tile.error + j);
+    __m256d t = _mm256_fmsub_pd(_mm256_load_pd(tile.threshold + j), scale, rounding);
+    t = _mm256_fnmadd_pd(norm, error_b, t);
+    t = _mm256_fnmadd_pd(error, norm_b, t);
+    unreachable &= _mm256_movemask_pd(
+        _mm256_cmp_pd(_mm256_mul_pd(norm, _mm256_add_pd(norm_b, error_b)), t, _CMP_LT_OQ));
+    t = _mm256_add_pd(t, _mm256_load_pd(tile.offset + j));
+    t = _mm256_max_pd(t, _mm256_set1_pd(-2147483648.0));  // NaN becomes the second operand
+    t = _mm256_min_pd(t, _mm256_set1_pd(2147483647.0));
+    // Towards zero: at most the ceiling.
+    _mm_store_si128(reinterpret_cast<__m128i*>(need + j - first), _mm256_cvttpd_epi32(t));
+  }
+  return unreachable != 0xf;
 }

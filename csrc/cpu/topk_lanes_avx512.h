@@ -25,9 +25,25 @@ struct Lanes {
   }
 };
 
-inline uint32_t reach(const int32_t* dots, int32_t first, int32_t second) {
-  const __mmask16 low = _mm512_cmpge_epi32_mask(_mm512_load_si512(dots), _mm512_set1_epi32(first));
-  const __mmask16 high =
-      _mm512_cmpge_epi32_mask(_mm512_load_si512(dots + 16), _mm512_set1_epi32(second));
-  return uint32_t(low) | uint32_t(high) << 16;
+inline uint32_t reach(const int32_t* dots, int32_t need) {
+  const __m512i least = _mm512_set1_epi32(need);
+  return uint32_t(_mm512_cmpge_epi32_mask(_mm512_load_si512(dots), least)) |
+         uint32_t(_mm512_cmpge_epi32_mask(_mm512_load_si512(dots + 16), least)) << 16;
+}
+
+inline bool subtile_thresholds(const BlockBound& bound, const Tile& tile, int j, int32_t* need) {
+  const __m512d scale = _mm512_set1_pd(bound.inverse_scale), error_b = _mm512_set1_pd(bound.error),
+                norm_b = _mm512_set1_pd(bound.norm), rounding = _mm512_set1_pd(kRounding);
+  const __m512d norm = _mm512_load_pd(tile.norm + j), error = _mm512_load_pd(tile.error + j);
+  __m512d t = _mm512_fmsub_pd(_mm512_load_pd(tile.threshold + j), scale, rounding);
+  t = _mm512_fnmadd_pd(norm, error_b, t);
+  t = _mm512_fnmadd_pd(error, norm_b, t);
+  const __mmask8 unreachable =
+      _mm512_cmp_pd_mask(_mm512_mul_pd(norm, _mm512_add_pd(norm_b, error_b)), t, _CMP_LT_OQ);
+  t = _mm512_add_pd(t, _mm512_load_pd(tile.offset + j));
+  t = _mm512_max_pd(t, _mm512_set1_pd(-2147483648.0));  // NaN becomes the second operand
+  t = _mm512_min_pd(t, _mm512_set1_pd(2147483647.0));
+  // Towards zero: at most the ceiling.
+  _mm256_store_si256(reinterpret_cast<__m256i*>(need), _mm512_cvttpd_epi32(t));
+  return unreachable != 0xff;
 }

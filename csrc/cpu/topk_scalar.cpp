@@ -32,7 +32,7 @@ struct Lanes {
 };
 
 struct Dots {
-  static constexpr int kTile = 8;
+  static int tile(int64_t) { return kSubtile; }
   static int64_t scratch_bytes(int64_t) { return 0; }
   static void pack(const Table&, Tile&) {}
 
@@ -41,27 +41,49 @@ struct Dots {
     const Table& table;
     const Tile& tile;
 
-    void group(const uint8_t* codes, int32_t (*dots)[kGroupRows]) const {
+    void block(const uint8_t* codes, int32_t (*dots)[kBlockRows]) const {
       for (int j = 0; j < tile.count; ++j) {
         const int8_t* query = tile.codes + j * table.quads * 4;
-        for (int64_t r = 0; r < kGroupRows; ++r) {
-          const uint8_t* row =
-              codes + (r / kBlockRows) * table.quads * 64 + (r % kBlockRows) * 4;
+        for (int64_t r = 0; r < kBlockRows; ++r) {
+          const uint8_t* row = codes + r * 4;
           int32_t sum = 0;
           for (int64_t d = 0; d < table.quads; ++d)
-            for (int i = 0; i < 4; ++i) sum += int32_t(row[d * 64 + i]) * query[d * 4 + i];
+            for (int i = 0; i < 4; ++i)
+              sum += int32_t(row[d * kBlockRows * 4 + i]) * query[d * 4 + i];
           dots[j][r] = sum;
         }
       }
     }
+
+    uint64_t reach(const uint8_t* codes, uint64_t, const int32_t*,
+                   int32_t (*dots)[kBlockRows]) const {
+      block(codes, dots);
+      return all_queries(tile);
+    }
   };
 };
 
-inline uint32_t reach(const int32_t* dots, int32_t first, int32_t second) {
+inline uint32_t reach(const int32_t* dots, int32_t need) {
   uint32_t mask = 0;
-  for (int r = 0; r < int(kGroupRows); ++r)
-    mask |= uint32_t(dots[r] >= (r < int(kBlockRows) ? first : second)) << r;
+  for (int r = 0; r < int(kBlockRows); ++r) mask |= uint32_t(dots[r] >= need) << r;
   return mask;
+}
+
+inline bool subtile_thresholds(const BlockBound& bound, const Tile& tile, int first,
+                               int32_t* need) {
+  const double scale = bound.inverse_scale, error_b = bound.error, norm_b = bound.norm;
+  bool reachable = false;
+  for (int j = first; j < first + kSubtile; ++j) {
+    const double t = tile.threshold[j] * scale - tile.norm[j] * error_b -
+                     tile.error[j] * norm_b - kRounding;
+    reachable |= !(tile.norm[j] * (norm_b + error_b) < t);
+    const double dot = t + tile.offset[j];
+    // Towards zero: at most the ceiling.
+    need[j - first] = !(dot > -2147483648.0) ? INT32_MIN
+                      : dot < 2147483647.0   ? int32_t(dot)
+                                             : INT32_MAX;
+  }
+  return reachable;
 }
 
 #include "cpu/topk_body.h"

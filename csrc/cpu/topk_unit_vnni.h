@@ -13,6 +13,17 @@ struct Unit {
     __builtin_memcpy(&codes, tile.codes + (j * quads + quad) * 4, sizeof codes);
     return _mm512_set1_epi32(codes);
   }
-  static Vector add(Vector sum, Items x, Query q) { return _mm512_dpbusd_epi32(sum, x, q); }
+  // Written out because GCC 12 copies the sum to another register and back.
+  static Vector add(Vector sum, Items x, Query q) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(q));
+    return sum;
+  }
+  struct Below {
+    __mmask16 mask = 0xffff;
+    void add(Vector sum, int32_t need) {
+      mask = _mm512_mask_cmplt_epi32_mask(mask, sum, _mm512_set1_epi32(need));
+    }
+    bool all() const { return mask == 0xffff; }
+  };
   static void store(int32_t* p, Vector x) { _mm512_store_si512(p, x); }
 };

@@ -50,6 +50,8 @@ void bind_topk(py::module_& m) {
 void bind(py::module_& m) {
   m.attr("MAX_K") = kMaxK;
   bind_topk(m);
+  bind_logprobs(m);
+  bind_trm(m);
 }
 
 }  // namespace deeprec::cuda

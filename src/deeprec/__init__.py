@@ -7,6 +7,7 @@ kernels.
 import torch  # noqa: F401  # first, so that the kernels share its OpenMP runtime
 
 from deeprec import backends
+from deeprec.integrations import patch, unpatch
 from deeprec.ops import (
     AllowedTokens,
     ItemIndex,
@@ -27,5 +28,7 @@ __all__ = [
     "backends",
     "gather_logprobs",
     "linear_logprobs",
+    "patch",
     "topk_retrieve",
+    "unpatch",
 ]

@@ -41,7 +41,7 @@ void run(const Problem& p, Dtype type, const std::vector<T>& items, std::mt19937
   for (size_t i = 0; i < order.size(); ++i) order[i] = uint32_t(order.size() - 1 - i);
   std::vector<double> center(size_t(p.dim), 0.25 * scale);
 
-  const int64_t blocks = (p.items + kGroupRows - 1) / kGroupRows * 2;
+  const int64_t blocks = (p.items + kBlockRows - 1) / kBlockRows;
   const int64_t quads = code_shape(p.dim).quads;
   std::vector<uint8_t> codes(size_t(blocks * quads * kBlockRows * 4));
   std::vector<BlockBound> bounds(static_cast<size_t>(blocks));

@@ -44,11 +44,12 @@ SCHEDULES: list[dict[str, Any]] = [
 
 
 def build(flavour: str = "plain", kernels: Path = ROOT / "csrc" / "cuda") -> Path:
-    """The emulated extension of the .cu files and bindings.cpp of a folder, of what has changed.
+    """The emulated extension of the .cu files and bindings of a folder, of what has changed.
 
     The folder's parent comes first on the include path, then the repository's csrc.
     """
-    sources = [*sorted(kernels.glob("*.cu")), kernels / "bindings.cpp", *EMULATOR.glob("*.cpp")]
+    sources = [*kernels.glob("*.cu"), *kernels.glob("bindings*.cpp"), *EMULATOR.glob("*.cpp")]
+    sources.sort()
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(lambda source: _compile(source, kernels, flavour), sources))
     name = hashlib.sha256("".join(o.name for o in objects).encode()).hexdigest()[:20]

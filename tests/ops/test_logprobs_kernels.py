@@ -154,13 +154,129 @@ def test_poisoned_heads_give_nan(isa):
 
 @pytest.mark.parametrize("scale", [1.0, 20.0])
 def test_no_log_prob_above_zero_in_a_million(scale):
-    for seed in range(4):
+    for seed in range(8):
         generator = torch.Generator().manual_seed(seed)
         logits = torch.randn(62_500, 9, generator=generator) * scale
         every = torch.arange(9).expand(62_500, 9)
         assert (gather_logprobs(logits, every, backend="cpu") <= 0).all()
         hidden, weight, ids = head(62_500, 5, 9, seed=seed)
         assert (linear_logprobs(hidden * scale, weight, ids, backend="cpu") <= 0).all()
+
+
+def sparse_bf16(path, size):
+    """Zeros that take no memory until they are touched."""
+    with open(path, "wb") as file:
+        file.truncate(2 * size)
+    return torch.from_file(str(path), shared=True, size=size, dtype=torch.bfloat16)
+
+
+def test_logits_beyond_two_billion_elements(tmp_path):
+    rows, vocabulary = 2**15 + 8, 2**16 + 1
+    logits = sparse_bf16(tmp_path / "logits", rows * vocabulary).view(rows, vocabulary)
+    assert logits.numel() > 2**31
+    logits[-1, ::3] = 2.0
+    mask = torch.zeros(rows, dtype=torch.bool)
+    mask[-1] = True
+    ids = torch.full((rows,), vocabulary - 1)
+    values, entropy = gather_logprobs(logits, ids, mask=mask, entropy=True, backend="cpu")
+    expected = logits[-1:].double().log_softmax(-1)
+    torch.testing.assert_close(values[-1].double(), expected[0, -1], atol=2e-6, rtol=0)
+    torch.testing.assert_close(
+        entropy[-1].double(), -(expected.exp() * expected).sum(), atol=2e-6, rtol=0
+    )
+
+
+def test_a_row_and_a_head_beyond_two_billion_elements(tmp_path):
+    # Constrained rows touch only the permitted ids, so nothing else of the file is read.
+    vocabulary = 2**31 + 64
+    last = vocabulary - 1
+    logits = sparse_bf16(tmp_path / "long", vocabulary).view(1, vocabulary)
+    logits[0, last] = 1.0
+    allowed = AllowedTokens.from_lists([[5, last - 1, last]])
+    values = gather_logprobs(logits, torch.tensor([last]), allowed=allowed, backend="cpu")
+    expected = torch.tensor([0.0, 0.0, 1.0]).log_softmax(-1)[-1:]
+    torch.testing.assert_close(values, expected)
+    head = logits.view(-1)[: 2**25 * 64].view(2**25, 64)
+    head[-1] = 0.5
+    allowed = AllowedTokens.from_lists([[5, 2**25 - 1]])
+    ids = torch.tensor([2**25 - 1])
+    hidden = torch.full((1, 64), 0.125, dtype=torch.bfloat16)
+    values = linear_logprobs(hidden, head, ids, allowed=allowed, backend="cpu")
+    torch.testing.assert_close(values, torch.tensor([0.0, 4.0]).log_softmax(-1)[-1:])
+
+
+def adversarial(name, rows=6, vocabulary=2000):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(rows, vocabulary, generator=generator) * 3
+    ids = torch.randint(0, vocabulary // 2, (rows,), generator=generator) * 2 + 1
+    if name == "large":
+        logits *= 1e4 / 3
+    elif name == "minus_inf":
+        logits[:, ::2] = float("-inf")
+    elif name == "one_hot":
+        logits = torch.zeros(rows, vocabulary)
+        logits[:, 17] = torch.linspace(1, 1e4, rows)
+    elif name == "uniform":
+        logits = torch.full((rows, vocabulary), -7.3)
+    else:
+        logits = torch.randn(2, 1_000_000, generator=generator)
+        ids = torch.tensor([3, 999_999])
+    return logits, ids
+
+
+@pytest.mark.parametrize("name", ["large", "minus_inf", "one_hot", "uniform", "long"])
+def test_adversarial_gradients_are_as_good_as_torch(isa, name):
+    logits, ids = adversarial(name)
+
+    def gradient(dtype, op):
+        x = logits.to(dtype).requires_grad_()
+        return torch.autograd.grad(op(x).sum(), x)[0].double()
+
+    def log_softmax(x):
+        return x.log_softmax(-1).gather(-1, ids[:, None])
+
+    truth = gradient(torch.float64, log_softmax)
+    ours = gradient(torch.float32, lambda x: gather_logprobs(x, ids, backend="cpu"))
+    theirs = gradient(torch.float32, log_softmax)
+    rounding = truth.abs().max() * 2**-24
+    assert (ours - truth).abs().max() <= 3 * max((theirs - truth).abs().max(), rounding)
+    assert ours.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e4])
+def test_heads_of_a_million_tokens_and_of_huge_logits(isa, scale):
+    hidden, weight, ids = head(3, 2, 1_000_000 if scale == 1.0 else 3000)
+    hidden *= scale
+    values, entropy = linear_logprobs(hidden, weight, ids, entropy=True, backend="cpu")
+    # The products of two numbers are exact in double and are rounded once or twice in float.
+    logp = (hidden.double() @ weight.double().T).log_softmax(-1)
+    expected = logp.gather(-1, ids[:, None])[:, 0]
+    peer = (hidden @ weight.T).log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+    rounding = expected.abs().max() * 2**-24
+    assert (values - expected).abs().max() <= 2 * max((peer - expected).abs().max(), rounding)
+    expected_entropy = -(logp.exp() * logp).sum(-1)
+    torch.testing.assert_close(entropy.double(), expected_entropy, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_poisoned_hidden_state_spoils_its_row_alone(isa, poison):
+    hidden, weight, ids = head(40, 16, 300)
+    hidden[3, 5] = poison
+    values, entropy = linear_logprobs(hidden, weight, ids, entropy=True, backend="cpu")
+    assert values[3].isnan() and entropy[3].isnan()
+    others = torch.arange(40) != 3
+    assert values[others].isfinite().all() and entropy[others].isfinite().all()
+
+
+def test_asking_for_entropy_changes_no_value(isa):
+    hidden, weight, ids = head(40, 16, 5000)
+    logits = hidden @ weight.T
+    for op, arguments in (
+        (gather_logprobs, (logits, ids)),
+        (linear_logprobs, (hidden, weight, ids)),
+    ):
+        values, _ = op(*arguments, entropy=True, backend="cpu")
+        assert torch.equal(values, op(*arguments, backend="cpu"))
 
 
 def test_strided_and_transposed_heads():

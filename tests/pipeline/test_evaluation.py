@@ -84,11 +84,20 @@ class FirstItems(torch.nn.Module):
         self.anchor = torch.nn.Parameter(torch.zeros(()))
 
     def retrieve(
-        self, history: torch.Tensor, lengths: Any, preference: Any, k: int, *, exclude: Any
+        self,
+        history: torch.Tensor,
+        lengths: Any,
+        preference: Any,
+        k: int,
+        *,
+        exclude: Any,
+        exclude_history: bool,
+        cache: Any,
     ) -> SimpleNamespace:
         rows = []
         for row in range(len(history)):
             closed = set(exclude.ids[exclude.offsets[row] : exclude.offsets[row + 1]].tolist())
+            closed |= set(history[row].tolist()) if exclude_history else set()
             found = [item for item in range(1, 31) if item not in closed][:k]
             rows.append(found + [-1] * (k - len(found)))
         return SimpleNamespace(indices=torch.tensor(rows))

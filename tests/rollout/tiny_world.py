@@ -51,12 +51,22 @@ class FakeTRM(nn.Module):
         self.calls: list[Tensor] = []
 
     def retrieve(
-        self, history: Tensor, lengths: Tensor, preference: Tensor, k: int, *, exclude: Any = None
+        self,
+        history: Tensor,
+        lengths: Tensor,
+        preference: Tensor,
+        k: int,
+        *,
+        exclude: Any,
+        exclude_history: bool,
+        cache: Any,
     ) -> Any:
         self.calls.append(preference)
         rows = []
         for row in range(len(history)):
-            seen = set(exclude.ids[exclude.offsets[row] : exclude.offsets[row + 1]].tolist())
+            seen = set(history[row].tolist()) if exclude_history else set()
+            if exclude is not None:
+                seen |= set(exclude.ids[exclude.offsets[row] : exclude.offsets[row + 1]].tolist())
             shift = int(preference[row, 0])
             order = [(item + shift) % self.n_items + 1 for item in range(self.n_items)]
             found = [item for item in order if item not in seen][:k]
@@ -123,6 +133,13 @@ class ScriptedEngine:
 
     def release(self, conversation: Any) -> None:
         self.released.append(conversation)
+
+    def restart(self) -> None:
+        self._queue.clear()
+        self.turns.clear()
+
+    def sleep(self) -> None:
+        pass
 
     def sync_weights(self) -> None:
         pass

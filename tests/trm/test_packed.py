@@ -16,7 +16,7 @@ from test_model import reference
 
 from deeprec import _C, backends
 from deeprec.ops import SeenItems
-from deeprec.trm import PackedTRM, PreferenceAwareTRM, TRMConfig
+from deeprec.trm import HistoryStates, PackedTRM, PreferenceAwareTRM, TRMConfig
 
 ISAS = _C.available_isas()
 DATA = sorted(path.stem for path in (Path(__file__).parent.parent / "data").glob("trm_*.npz"))
@@ -207,6 +207,39 @@ def test_states_of_an_earlier_turn() -> None:
         assert torch.equal(whole.values, later.values)
         free = packed.retrieve(None, None, turn, 5, states=states)
         assert torch.equal(free.indices, packed.retrieve(history, lengths, turn, 5).indices)
+
+
+def test_histories_are_encoded_once() -> None:
+    model = make()
+    history, lengths, preference = ask(model, 9, shortest=3)
+    cache = HistoryStates(capacity=12)
+
+    def turn(rows: list[int]) -> int:
+        """Histories that a call encodes; its answer must be that of a call without cache."""
+        backends.reset_op_table()
+        asked = history[rows], lengths[rows], preference[rows]
+        before = len(cache)
+        found = model.retrieve(*asked, 5, exclude_history=True, cache=cache)
+        expected = model.retrieve(*asked, 5, exclude_history=True)
+        assert torch.equal(found.indices, expected.indices)
+        assert torch.equal(found.values, expected.values)
+        calls = backends.op_table().get(("trm_history", "cpu"))
+        assert (calls is not None) == (len(cache) != before)
+        return len(cache) - before
+
+    assert turn([0, 1, 1, 2, 0]) == 3
+    assert turn([2, 1, 0]) == 0
+    assert turn([2, 5, 1, 6]) == 2
+    with torch.no_grad():
+        model.position_embedding.weight += 1.0
+    assert turn([0]) == 1 - 5  # of another state of the model nothing is known
+    assert turn(list(range(9))) == 8
+    more, more_lengths, _ = ask(model, 6, seed=5)
+    full = cache.of(model.pack(), more, more_lengths)
+    assert len(cache) == 6  # beyond the capacity it starts afresh
+    assert torch.equal(full, model.pack().history_states(more, more_lengths))
+    with pytest.raises(ValueError, match="capacity"):
+        HistoryStates(0)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

@@ -1,11 +1,17 @@
 """Public ops: checked, documented and dispatched to the kernels."""
 
-from deeprec.ops import logprobs_triton, topk_cuda  # noqa: F401  # each adds itself to the table
+from deeprec.ops import (  # noqa: F401  # each adds itself to the table
+    linear_logprobs_cuda,
+    logprobs_cuda,
+    logprobs_triton,
+    topk_cuda,
+)
 from deeprec.ops.allowed import AllowedTokens
 from deeprec.ops.index import IndexStats, ItemIndex
 from deeprec.ops.linear_logprobs import linear_logprobs
 from deeprec.ops.logprobs import gather_logprobs
 from deeprec.ops.seen import SeenItems
+from deeprec.ops.sharded_index import ShardedItemIndex, ShardError
 from deeprec.ops.topk import TopK, topk_retrieve
 
 __all__ = [
@@ -13,6 +19,8 @@ __all__ = [
     "IndexStats",
     "ItemIndex",
     "SeenItems",
+    "ShardError",
+    "ShardedItemIndex",
     "TopK",
     "gather_logprobs",
     "linear_logprobs",

@@ -227,7 +227,11 @@ class ItemIndex:
             raise ValueError(
                 f"{name}: row {int(bad[0])} holds NaN or infinity; every row must be finite"
             )
-        return items.clone() if copy else items
+        if not copy:
+            return items
+        if items.device.type != "cpu":
+            return items.clone()
+        return _fresh(*items.shape, dtype=items.dtype).copy_(items)
 
     def _wants_codes(self) -> bool:
         return (
@@ -244,7 +248,7 @@ class ItemIndex:
             norms = _norms(self._items, center)
         blocks, quads, block_rows = _C.topk_code_shape(len(self), self.dim)
         self._table = [
-            torch.empty(blocks, quads, block_rows, 4, dtype=torch.uint8),
+            _fresh(blocks, quads, block_rows, 4, dtype=torch.uint8),
             torch.empty(blocks, 3),
             _order(norms),
             torch.empty(0, dtype=torch.float64) if center is None else center,
@@ -265,6 +269,13 @@ class ItemIndex:
         if self._table is not None:
             state |= zip(("codes", "bounds", "order", "center"), self._table, strict=True)
         return state
+
+
+def _fresh(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Memory not written yet, on huge pages where the system has them."""
+    tensor = torch.empty(*shape, dtype=dtype)
+    _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
 
 
 def _block_rows(items: Tensor) -> int:

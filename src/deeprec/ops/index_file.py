@@ -20,7 +20,7 @@ from torch import Tensor
 __all__ = ["read", "write"]
 
 FORMAT = "deeprec.ItemIndex"
-VERSION = "1"
+VERSION = "2"
 LINE = 64
 DTYPES = {
     torch.float64: "F64",

@@ -3,6 +3,7 @@
 from deeprec.rl.advantages import ADVANTAGES, get_advantage, register
 from deeprec.rl.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
 from deeprec.rl.config import LoRAConfig, LossConfig, OptimizerConfig, RLConfig, StageConfig
+from deeprec.rl.distributed import ProcessFailedError, ProcessLostError
 from deeprec.rl.interrupt import TrainingInterrupted
 from deeprec.rl.lora import add_lora
 from deeprec.rl.selection import select_requests
@@ -15,6 +16,8 @@ __all__ = [
     "LoRAConfig",
     "LossConfig",
     "OptimizerConfig",
+    "ProcessFailedError",
+    "ProcessLostError",
     "RLConfig",
     "StageConfig",
     "Trainer",

@@ -19,6 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from deeprec.rollout.weights import assign, whole
+
 __all__ = ["CheckpointError", "latest_checkpoint", "load_checkpoint", "save_checkpoint"]
 
 PREFIX = "step-"
@@ -41,18 +43,24 @@ def save_checkpoint(
     state: Mapping[str, Any],
     *,
     keep: int = 1,
-) -> Path:
+    write: bool = True,
+) -> Path | None:
     """Write the checkpoint of ``state["step"]`` and drop all but the newest ``keep``.
 
-    ``state`` must be JSON. Raises CheckpointError, e.g. on a full disk.
+    ``state`` must be JSON. Of a sharded policy every process must call this, and one with
+    ``write``: checkpoints are whole, and can be resumed by any number of processes. Raises
+    CheckpointError, e.g. on a full disk.
     """
+    weights, moments = _on_cpu(_trained(policy), write), _on_cpu(optimizer.state_dict(), write)
+    if not write:
+        return None
     final = folder / f"{PREFIX}{state['step']:08d}"
     temporary = folder / f"{TEMPORARY}{final.name}"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        save_file(_trained(policy), temporary / "policy.safetensors")
-        torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
+        save_file(weights, temporary / "policy.safetensors")
+        torch.save(moments, temporary / "optimizer.pt")
         (temporary / "state.json").write_text(json.dumps(state, indent=1))
         for path in [*temporary.iterdir(), temporary]:
             _sync(path)
@@ -94,10 +102,15 @@ def load_checkpoint(
             f"{path} is a checkpoint of another policy: {len(odd)} parameters differ in name or "
             f"shape, {odd[0]} first; give the policy that was trained, or another folder"
         )
-    with torch.no_grad():
-        for name, tensor in trained.items():
-            tensor.copy_(saved[name])
-    optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True))
+    for name, tensor in trained.items():
+        assign(tensor, saved[name])
+    moments = torch.load(path / "optimizer.pt", weights_only=True)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, values in moments["state"].items():
+        moments["state"][index] = {
+            name: _like(parameters[index], value) for name, value in values.items()
+        }
+    optimizer.load_state_dict(moments)
     return dict(state)
 
 
@@ -108,6 +121,25 @@ def _trained(policy: nn.Module) -> dict[str, torch.Tensor]:
         for name, parameter in policy.named_parameters()
         if parameter.requires_grad
     }
+
+
+def _on_cpu(value: Any, keep: bool) -> Any:
+    """``value`` with every tensor in it whole; in host memory if it is to be kept, else gone."""
+    if isinstance(value, Mapping):
+        return {key: _on_cpu(entry, keep) for key, entry in value.items()}
+    if isinstance(value, torch.Tensor):
+        together = whole(value)
+        return together.cpu() if keep else None
+    return value
+
+
+def _like(parameter: torch.Tensor, value: Any) -> Any:
+    """An optimizer's ``value``, sharded like its parameter where it has one entry for each."""
+    if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
+        return value
+    like = torch.empty_like(parameter, dtype=value.dtype)
+    assign(like, value)
+    return like
 
 
 def _sync(path: Path) -> None:

@@ -78,8 +78,10 @@ class RLConfig:
     the policy once per ``train_batch`` of them (None: one update for all), ``epochs`` times over.
     ``tokens_per_batch`` bounds the padded tokens of one forward pass; gradients accumulate over
     as many as an update needs. ``credit="list_item"`` gives every listed title its own return
-    (:mod:`deeprec.rl.credit`). ``precision="bf16"`` runs the forward under autocast. ``name`` says
-    which lines of a shared ``metrics.jsonl`` and which checkpoints are this training's.
+    (:mod:`deeprec.rl.credit`). ``precision="bf16"`` runs the forward under autocast. ``fsdp``
+    spreads weights, gradients and optimizer state over the processes (FSDP2) in place of a replica
+    in each. ``name`` says which lines of a shared ``metrics.jsonl`` and which checkpoints are this
+    training's.
     """
 
     steps: int = 20
@@ -94,6 +96,7 @@ class RLConfig:
     tokens_per_batch: int = 16_384
     gradient_checkpointing: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
+    fsdp: bool = False
     checkpoint_every: int = 10
     keep_checkpoints: int = 1
     seed: int = 0

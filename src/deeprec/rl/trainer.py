@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from pathlib import Path
@@ -9,8 +10,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedType
-from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import nn
 
@@ -24,6 +23,13 @@ from deeprec.rl.checkpoint import (
 )
 from deeprec.rl.config import RLConfig
 from deeprec.rl.credit import Credit, list_item_credit, sequence_credit
+from deeprec.rl.distributed import (
+    ProcessLostError,
+    failing_together,
+    gather,
+    make_accelerator,
+    naming_lost_processes,
+)
 from deeprec.rl.interrupt import StopRequest, TrainingInterrupted
 from deeprec.rl.logging import MetricsLog
 from deeprec.rl.metrics import StepClock, trajectory_means, trajectory_sums
@@ -37,6 +43,8 @@ if TYPE_CHECKING:
     from deeprec.rollout import Engine, RetrievalEnvironment, Trajectory
 
 __all__ = ["Trainer"]
+
+logger = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -53,8 +61,9 @@ class Trainer:
         reference: the policy that a KL term pulls towards; None takes the policy as it is now
             (with LoRA: without its adapters). Unused without a KL term.
 
-    Under ``accelerate launch`` every process samples its share of the prompts and holds a replica
-    of the policy.
+    Under ``torchrun`` or ``accelerate launch`` every process samples its share of the prompts and
+    holds a replica of the policy, or with ``config.fsdp`` a part of it. Then the engine must have a
+    copy of its own. What is learnt does not depend on the number of processes, up to rounding.
     """
 
     def __init__(
@@ -70,8 +79,8 @@ class Trainer:
         _check(policy, engine)
         self.policy, self.engine, self.env = policy, engine, env
         self.reward_model, self.config = reward_model, config
-        self.accelerator = Accelerator()
-        _check_distribution(self.accelerator, config)
+        self.accelerator = make_accelerator()
+        _check_processes(self.accelerator.num_processes, config)
         self._advantage = get_advantage(config.advantage)
         self._updater = PolicyUpdater(
             policy,
@@ -80,7 +89,10 @@ class Trainer:
             temperature=engine.sampling.logprob_temperature,
             reference=reference,
         )
+        if config.fsdp:
+            engine.sync_weights()  # says so if the engine has no copy of its own
         self._step = 0  # steps done
+        self._saved = 0  # of them, in a checkpoint
 
     def train(self, requests: Requests, *, resume: bool = False) -> list[dict[str, float]]:
         """Run the configured steps on ``requests``; returns the metrics of each step run.
@@ -93,6 +105,12 @@ class Trainer:
             TrainingDiverged: a reward, a loss or a gradient is not finite.
             CheckpointError: a checkpoint cannot be written, does not fit, or is in the way of a
                 new training.
+            EngineError: the engine stopped answering, and did so again after being restarted.
+            ProcessFailedError: another process failed; ProcessLostError: one is gone.
+
+        After the last two, and whatever the environment or the rewards raise, the steps done so
+        far are in a checkpoint; only a process lost in the middle of an update leaves just the
+        last regular one.
         """
         self._open_folder(resume)
         is_main = self.accelerator.is_main_process
@@ -100,14 +118,14 @@ class Trainer:
         log = MetricsLog(folder, self.config.name, first_step=self._step + 1)
         history = []
         try:
-            with StopRequest() as stop:
+            with StopRequest() as stop, naming_lost_processes():
                 while self._step < self.config.steps:
                     metrics = self._run_step(requests)
                     self._step += 1
                     history.append(metrics)
                     if is_main:
                         log.write(self._step, metrics)
-                    stopping = any(gather_object([stop.requested]))
+                    stopping = any(gather(stop.requested))
                     finished = self._step == self.config.steps
                     if stopping or finished or self._step % self.config.checkpoint_every == 0:
                         self._save()
@@ -119,24 +137,24 @@ class Trainer:
 
     def _run_step(self, requests: Requests) -> dict[str, float]:
         clock = StepClock()
-        with clock.part("rollout"):
-            trajectories, groups = self._sample(requests)
-        with clock.part("reward"):
-            rewards = self.reward_model.score(trajectories)
-            for trajectory, reward in zip(trajectories, rewards, strict=True):
-                if not math.isfinite(reward.total):
-                    raise TrainingDiverged(
-                        f"step {self._step + 1}: reward_model gave user {trajectory.user} a reward "
-                        f"of {reward.total}; nothing was learnt from this step"
-                    )
-                trajectory.rewards = reward
-        with clock.part("train"):
+        try:
+            with failing_together(self.accelerator.process_index):
+                with clock.part("rollout"):
+                    trajectories, groups = self._sample(requests)
+                with clock.part("reward"):
+                    self._score(trajectories)
             kept = [row for row, t in enumerate(trajectories) if t.finish != "too_long"]
-            sequences = self._sequences([trajectories[row] for row in kept], groups[kept])
+            with naming_lost_processes():
+                sequences = self._sequences([trajectories[row] for row in kept], groups[kept])
+        except Exception as error:
+            self._save_what_was_learnt(error)  # nothing of this step was
+            raise
+        with clock.part("train"):
+            self.engine.sleep()
             updates = self._updater.update(sequences, self._step)
             self.engine.sync_weights()
 
-        parts = gather_object([(trajectory_sums(trajectories), sum(map(len, sequences)))])
+        parts = gather((trajectory_sums(trajectories), sum(map(len, sequences))))
         sums: Counter[str] = Counter()
         for part, _ in parts:
             sums.update(part)
@@ -150,6 +168,17 @@ class Trainer:
             "seconds": sum(clock.seconds.values()),
         }
 
+    def _score(self, trajectories: list[Trajectory]) -> None:
+        """Give every trajectory its rewards."""
+        rewards = self.reward_model.score(trajectories)
+        for trajectory, reward in zip(trajectories, rewards, strict=True):
+            if not math.isfinite(reward.total):
+                raise TrainingDiverged(
+                    f"step {self._step + 1}: reward_model gave user {trajectory.user} a reward "
+                    f"of {reward.total}; nothing was learnt from this step"
+                )
+            trajectory.rewards = reward
+
     def _sample(self, requests: Requests) -> tuple[list[Trajectory], NDArray[np.int64]]:
         """This process's trajectories of the step, and the prompt each belongs to."""
         config, process = self.config, self.accelerator.process_index
@@ -160,7 +189,8 @@ class Trainer:
             self.env,
             requests[mine],
             samples_per_user=config.samples_per_prompt,
-            seed=_seed(config.seed, self._step, process),
+            # Conversations draw by user and sample: no two processes alike, however many they are.
+            seed=_seed(config.seed, self._step),
         )
         return trajectories, np.arange(len(mine)).repeat(config.samples_per_prompt)
 
@@ -181,7 +211,7 @@ class Trainer:
 
     def _advantages(self, credit: Credit, groups: NDArray[np.int64]) -> NDArray[np.float64]:
         """Advantages [n, S] of this process's trajectories, normalised over all processes'."""
-        parts = gather_object([(credit.returns, credit.tokens, groups)])
+        parts = gather((credit.returns, credit.tokens, groups))
         width = max(part[0].shape[1] for part in parts)
         returns, tokens = (
             np.concatenate([np.pad(p[i], ((0, 0), (0, width - p[i].shape[1]))) for p in parts])
@@ -218,26 +248,45 @@ class Trainer:
                 f"{latest} was written with seed {state['seed']}, this training has "
                 f"{self.config.seed}: give the same seed to resume"
             )
-        self._step, self._updater.updates = state["step"], state["updates"]
+        self._step = self._saved = state["step"]
+        self._updater.updates = state["updates"]
         self.engine.sync_weights()
 
     def _save(self) -> None:
-        folder = self._checkpoints
-        if folder is not None and self.accelerator.is_main_process:
-            # Prompts, samples and mini-batches follow from seed and step: no generator to keep.
-            state = {
-                "step": self._step,
-                "updates": self._updater.updates,
-                "seed": self.config.seed,
-            }
-            save_checkpoint(
-                folder,
-                self.policy,
-                self._updater.optimizer,
-                state,
-                keep=self.config.keep_checkpoints,
-            )
+        self._write_checkpoint()
         self.accelerator.wait_for_everyone()
+
+    def _write_checkpoint(self) -> None:
+        """Save; of a sharded policy all processes must."""
+        if self._checkpoints is None:
+            return
+        # Prompts, samples and mini-batches follow from seed and step: no generator to keep.
+        state = {"step": self._step, "updates": self._updater.updates, "seed": self.config.seed}
+        save_checkpoint(
+            self._checkpoints,
+            self.policy,
+            self._updater.optimizer,
+            state,
+            keep=self.config.keep_checkpoints,
+            write=self.accelerator.is_main_process,
+        )
+        self._saved = self._step
+
+    def _save_what_was_learnt(self, error: Exception) -> None:
+        """Save the steps done, if they are not, when a step failed before its first update."""
+        folder = self._checkpoints
+        if folder is None or self._step == 0:
+            return
+        # Without the lost process, the others cannot put a sharded policy together.
+        lost = self.config.fsdp and isinstance(error, ProcessLostError)
+        if self._step != self._saved and not lost:
+            self._write_checkpoint()
+        logger.warning(
+            "%s: step %d failed; resume goes on from %s",
+            self.config.name,
+            self._step + 1,
+            latest_checkpoint(folder) or "the beginning, for lack of a checkpoint",
+        )
 
     def _farewell(self) -> str:
         where = f"{self.config.name} stopped after step {self._step} of {self.config.steps}"
@@ -267,16 +316,14 @@ def _check(policy: nn.Module, engine: Engine) -> None:
         )
 
 
-def _check_distribution(accelerator: Accelerator, config: RLConfig) -> None:
-    replicas = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-    if accelerator.distributed_type not in replicas:
+def _check_processes(count: int, config: RLConfig) -> None:
+    if count > config.prompts_per_step:
         raise ValueError(
-            f"accelerate launch: expected a replica of the policy a process (multi-GPU or "
-            f"multi-CPU), got {accelerator.distributed_type.value}; the engine generates with the "
-            "whole policy in one process"
-        )
-    if accelerator.num_processes > config.prompts_per_step:
-        raise ValueError(
-            f"prompts_per_step: expected at least one a process, {accelerator.num_processes}, "
+            f"prompts_per_step: expected at least one a process, {count}, "
             f"got {config.prompts_per_step}"
+        )
+    if config.fsdp and count == 1:
+        raise ValueError(
+            "fsdp: there is one process, nothing to spread the policy over; start several with "
+            "torchrun or accelerate launch, or leave fsdp off"
         )

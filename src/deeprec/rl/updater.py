@@ -5,19 +5,24 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from deeprec.rl.batching import MicroBatch, TrainSequence, collate, micro_batches
 from deeprec.rl.config import RLConfig
+from deeprec.rl.distributed import deal, shard
 from deeprec.rl.losses import policy_loss, token_weights
 from deeprec.rl.scorer import PolicyScorer, checkpointed_layers, enable_checkpointing, uses_packing
+from deeprec.rollout.weights import whole
 
 __all__ = ["PolicyUpdater", "TrainingDiverged"]
 
@@ -54,41 +59,42 @@ class PolicyUpdater:
         self._bf16 = config.precision == "bf16"
         self._temperature = temperature
         self._packed = uses_packing(policy)
-        self._parameters = [p for p in policy.parameters() if p.requires_grad]
         self._scorer = self._score_with(policy)
         self._reference = self._freeze(reference)
-        self._wrapped, self.optimizer = accelerator.prepare(
-            self._scorer, self._make_optimizer(self._parameters)
-        )
+        if config.fsdp:
+            shard(self._scorer.to(accelerator.device), bf16=self._bf16)
+        self._parameters = [p for p in policy.parameters() if p.requires_grad]
+        self._wrapped: nn.Module = self._scorer
+        self.optimizer = self._make_optimizer(self._parameters)
+        if not config.fsdp:
+            self._wrapped, self.optimizer = accelerator.prepare(self._scorer, self.optimizer)
 
     def update(self, sequences: Sequence[TrainSequence], step: int) -> dict[str, float]:
-        """All updates of one step, on this process's ``sequences``; their metrics.
+        """All updates of one step, on the ``sequences`` of all processes; their metrics.
 
-        Empty where some process has nothing to learn from: no policy token anywhere.
+        Each process gives those it sampled. They are dealt out anew for every update, so updates
+        are the same for any number of processes. Empty where there is nothing to learn from: no
+        policy token anywhere.
 
         Raises TrainingDiverged.
         """
-        sequences = [sequence for sequence in sequences if len(sequence.positions)]
-        plan = self._plan(sequences, step)
-        if not plan:
+        every: list[TrainSequence] = gather_object(list(sequences))
+        every = [sequence for sequence in every if len(sequence.positions)]
+        if not every:
             return {}
-        self._score_beforehand(sequences, plan)
+        plan = self._plan(every, step)
+        self._score_beforehand(every, plan)
         results = [self._apply(chunk, step) for chunk in plan]
         means = np.mean([list(result.values()) for result in results], axis=0)
         return {**dict(zip(results[0], means.tolist(), strict=True)), "updates": float(len(plan))}
 
     def _plan(self, sequences: list[TrainSequence], step: int) -> list[list[TrainSequence]]:
-        """The sequences of each update: as many updates in every process."""
+        """The sequences of each update."""
         config = self.config
-        counts: list[int] = gather_object([len(sequences)])
-        if min(counts) == 0:
-            return []
-        size = config.train_batch or sum(counts)
-        updates = min(math.ceil(sum(counts) / size), *counts, sum(counts))
+        updates = math.ceil(len(sequences) / (config.train_batch or len(sequences)))
         plan = []
         for epoch in range(config.epochs):
-            rng = np.random.default_rng([config.seed, step, epoch, self.accelerator.process_index])
-            order = rng.permutation(len(sequences))
+            order = np.random.default_rng([config.seed, step, epoch]).permutation(len(sequences))
             plan += [[sequences[i] for i in part] for part in np.array_split(order, updates)]
         return plan
 
@@ -97,34 +103,53 @@ class PolicyUpdater:
         self, sequences: list[TrainSequence], plan: list[list[TrainSequence]]
     ) -> None:
         """Fill in reference log-probs, and old ones where an update comes before their use."""
+        if self.config.loss.kl_coef:
+            self._score(sequences, "reference", self._reference_logprobs)
         first = {id(sequence) for sequence in plan[0]} if self.config.epochs == 1 else set()
-        for group in self._groups(sequences):
-            with_old = [sequence for sequence in group if id(sequence) not in first]
-            if self.config.loss.kl_coef:
-                _store(group, "reference", self._reference_logprobs(self._batch(group)))
-            if with_old:
-                _store(with_old, "old", self._scorer(self._batch(with_old))[0])
+        later = [sequence for sequence in sequences if id(sequence) not in first]
+        if later:
+            self._score(later, "old", lambda batch: self._scorer(batch)[0])
+
+    def _score(
+        self,
+        sequences: list[TrainSequence],
+        name: str,
+        logprobs: Callable[[MicroBatch], Tensor],
+    ) -> None:
+        """Give every sequence its ``logprobs`` as the attribute ``name``, each scored once."""
+        found: dict[int, NDArray[np.float32]] = {}
+        number = {id(sequence): index for index, sequence in enumerate(sequences)}
+        for group in self._share(sequences):
+            lengths = [len(sequence.positions) for sequence in group]
+            parts = logprobs(self._batch(group)).cpu().split(lengths)
+            for sequence, part in zip(group, parts, strict=True):
+                if id(sequence) in number:  # else it only fills up this process's rounds
+                    found[number[id(sequence)]] = part.numpy()
+        for part in gather_object([found]):
+            for index, values in part.items():
+                setattr(sequences[index], name, values)
 
     def _apply(self, sequences: list[TrainSequence], step: int) -> dict[str, float]:
         """One update."""
-        settings = self.config.optimizer
-        self._weigh(sequences)
-        groups = self._groups(sequences)
+        lengths = [len(sequence.positions) for sequence in sequences]
+        for sequence, weight in zip(
+            sequences, token_weights(lengths, self.config.loss.aggregate), strict=True
+        ):
+            sequence.weight = weight
+        groups = self._share(sequences)
         totals: dict[str, Tensor] = {}
         with checkpointed_layers(self.policy, self.config.gradient_checkpointing):
             for number, group in enumerate(groups, start=1):
-                last = number == len(groups)
-                # Gradients of several processes are averaged once, after the last backward.
-                wait = nullcontext() if last else self.accelerator.no_sync(self._wrapped)
-                with wait:
+                with self._synchronizing(last=number == len(groups)):
                     loss, sums = self._loss(self._batch(group))
+                    # Processes are averaged; the weights above make a sum right.
                     self.accelerator.backward(loss * self.accelerator.num_processes)
                 for name, value in sums.items():
                     totals[name] = totals.get(name, 0.0) + value
-        norm = self.accelerator.clip_grad_norm_(self._parameters, settings.grad_clip)
+        norm = nn.utils.clip_grad_norm_(self._parameters, self.config.optimizer.grad_clip)
         sums = self.accelerator.reduce(totals, reduction="sum")
         result = {name: float(value) for name, value in sums.items()}
-        result["grad_norm"] = float(norm)
+        result["grad_norm"] = float(whole(norm))
         for name in ("loss", "grad_norm"):
             if not math.isfinite(result[name]):
                 self.optimizer.zero_grad()
@@ -137,6 +162,15 @@ class PolicyUpdater:
         self.optimizer.zero_grad()
         self.updates += 1
         return result
+
+    def _synchronizing(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Gradients of several processes are averaged once, after the last backward.
+
+        Sharded ones every time: put off, each process would hold the whole gradient.
+        """
+        if last or self.config.fsdp:
+            return nullcontext()
+        return self.accelerator.no_sync(self._wrapped)
 
     def _loss(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         logprobs, entropy = self._wrapped(batch)
@@ -153,21 +187,25 @@ class PolicyUpdater:
         sums = {field.name: getattr(stats, field.name) for field in dataclasses.fields(stats)}
         return loss, {"loss": loss.detach(), **sums}
 
-    def _weigh(self, sequences: list[TrainSequence]) -> None:
-        """Set each sequence's share of the loss, over the sequences of all processes."""
-        lengths = [len(sequence.positions) for sequence in sequences]
-        every: list[list[int]] = gather_object([lengths])
-        weights = token_weights(
-            [length for part in every for length in part], self.config.loss.aggregate
-        )
-        start = sum(len(part) for part in every[: self.accelerator.process_index])
-        for sequence, weight in zip(sequences, weights[start:], strict=False):
-            sequence.weight = weight
+    def _share(self, sequences: list[TrainSequence]) -> list[list[TrainSequence]]:
+        """This process's micro-batches of ``sequences``: as many as every other has.
 
-    def _groups(self, sequences: Sequence[TrainSequence]) -> list[list[TrainSequence]]:
-        return micro_batches(
-            sequences, max_tokens=self.config.tokens_per_batch, packed=self._packed
-        )
+        A process with fewer repeats its shortest sequence without weight: a sharded policy is
+        gathered by all processes at once.
+        """
+        hands = deal([len(sequence) for sequence in sequences], self.accelerator.num_processes)
+        shares = [
+            micro_batches(
+                [sequences[i] for i in hand],
+                max_tokens=self.config.tokens_per_batch,
+                packed=self._packed,
+            )
+            for hand in hands
+        ]
+        mine = shares[self.accelerator.process_index]
+        missing = max(map(len, shares)) - len(mine)
+        filler = replace(min(sequences, key=len), weight=0.0) if missing else None
+        return mine + [[filler] for _ in range(missing) if filler is not None]
 
     def _batch(self, sequences: Sequence[TrainSequence]) -> MicroBatch:
         return collate(sequences, packed=self._packed).to(self.accelerator.device)
@@ -204,10 +242,3 @@ class PolicyUpdater:
         warm = min(1.0, (self.updates + 1) / settings.warmup) if settings.warmup else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr * warm
-
-
-def _store(sequences: Sequence[TrainSequence], name: str, values: Tensor) -> None:
-    """Give each sequence its part of per-token ``values`` as the attribute ``name``."""
-    lengths = [len(sequence.positions) for sequence in sequences]
-    for sequence, part in zip(sequences, values.cpu().split(lengths), strict=True):
-        setattr(sequence, name, part.numpy())

@@ -1,7 +1,7 @@
 """Multi-turn roll-outs: a policy that asks, a tool that answers, token in and token out."""
 
 from deeprec.rollout.constraints import Constraint, ConstraintState, ListConstraint, ListLines
-from deeprec.rollout.engine import Engine
+from deeprec.rollout.engine import Engine, EngineError
 from deeprec.rollout.environment import (
     EnvironmentOptions,
     Observation,
@@ -21,6 +21,7 @@ __all__ = [
     "Constraint",
     "ConstraintState",
     "Engine",
+    "EngineError",
     "EnvironmentOptions",
     "ListConstraint",
     "ListLines",

@@ -10,7 +10,11 @@ from transformers import PreTrainedTokenizerBase
 from deeprec.rollout.token_text import TokenText
 from deeprec.rollout.types import Request, Sample, SamplingConfig
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "EngineError"]
+
+
+class EngineError(RuntimeError):
+    """An engine stopped answering. Its conversations are void, not worth a reward of 0."""
 
 
 class Engine(Protocol):
@@ -28,7 +32,10 @@ class Engine(Protocol):
         ...
 
     def step(self) -> list[Sample]:
-        """Advance every running conversation; returns the turns that ended."""
+        """Advance every running conversation; returns the turns that ended.
+
+        Raises EngineError instead of waiting for ever.
+        """
         ...
 
     def generate(self, requests: Sequence[Request]) -> list[Sample]:
@@ -39,6 +46,14 @@ class Engine(Protocol):
         """Forget a conversation and free what it holds."""
         ...
 
+    def restart(self) -> None:
+        """Forget all conversations and be ready for new ones, also after an EngineError."""
+        ...
+
+    def sleep(self) -> None:
+        """Free the memory of the conversations' state while the policy is trained."""
+        ...
+
     def sync_weights(self) -> None:
-        """Take over the policy's current weights."""
+        """Take over the policy's current weights; wakes an engine that sleeps."""
         ...

@@ -6,13 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from deeprec.data import Catalog, Requests
 from deeprec.ops import SeenItems
 from deeprec.rollout.protocol import clean_preference, observation_text
+from deeprec.trm import HistoryStates
 
 if TYPE_CHECKING:
     from deeprec.trm import PreferenceAwareTRM
@@ -110,12 +109,17 @@ class RetrievalEnvironment:
         self.k, self.max_calls = k, max_calls
         self.prompts, self.options = prompts, options
         self.preference_override = preference_override
+        self._histories = HistoryStates()
         self._lines = ("", *catalog.titles)
         if options.show_categories:
             self._lines = ("", *(catalog.text(item) for item in range(1, catalog.n_items + 1)))
 
     def observe(self, requests: Requests, calls: Sequence[ToolCall]) -> list[Observation]:
-        """Answer all calls with one pass of the encoder and one of the TRM."""
+        """Answer all calls with one pass of the encoder and one of the TRM.
+
+        The TRM encodes a history once: later turns and other samples of the same user cost the
+        preference and the search.
+        """
         if not calls:
             return []
         asked = requests[[call.row for call in calls]]
@@ -125,7 +129,9 @@ class RetrievalEnvironment:
             torch.from_numpy(asked.lengths).to(device),
             self._embed([self._question(call) for call in calls]).to(device),
             self.k,
-            exclude=self._excluded(asked, calls),
+            exclude=self._retrieved(calls),
+            exclude_history=self.options.exclude_history,
+            cache=self._histories,
         )
         return [
             self._observation(call, [item for item in items if item > 0])
@@ -148,18 +154,11 @@ class RetrievalEnvironment:
             vectors[asked] = self.encoder.encode([questions[row] for row in asked], query=True)
         return vectors
 
-    def _excluded(self, asked: Requests, calls: Sequence[ToolCall]) -> SeenItems:
-        """The items that may not be returned to each call."""
-        parts: list[NDArray[np.int64]] = [np.zeros((len(calls), 1), dtype=np.int64)]
-        if self.options.exclude_history:
-            parts.append(asked.history)
-        if self.options.exclude_retrieved:
-            lengths = np.array([len(call.retrieved) for call in calls])
-            before = np.arange(lengths.max()) < lengths[:, None]
-            retrieved = np.zeros(before.shape, dtype=np.int64)
-            retrieved[before] = [item for call in calls for item in call.retrieved]
-            parts.append(retrieved)
-        return SeenItems.from_padded(torch.from_numpy(np.concatenate(parts, axis=1)))
+    def _retrieved(self, calls: Sequence[ToolCall]) -> SeenItems | None:
+        """What earlier turns have returned, if that may not be returned again."""
+        if not self.options.exclude_retrieved:
+            return None
+        return SeenItems.from_lists([call.retrieved for call in calls])
 
     def _observation(self, call: ToolCall, items: list[int]) -> Observation:
         text = observation_text([self._lines[item] for item in items])

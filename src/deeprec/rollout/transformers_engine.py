@@ -17,6 +17,7 @@ from deeprec.rollout.kv_cache import PackedBatch, SlotCache
 from deeprec.rollout.sampling import draw
 from deeprec.rollout.token_text import StopTable, TokenText
 from deeprec.rollout.types import Request, Sample, SamplingConfig
+from deeprec.rollout.weights import is_sharded, whole
 
 __all__ = ["TransformersEngine"]
 
@@ -49,8 +50,9 @@ class TransformersEngine:
         model: with full attention in all layers. Its weights are shared, unless ``dtype`` differs.
         tokenizer: the model's.
         sampling: may be replaced between steps through the attribute of the same name.
-        dtype: of the weights generated with; None is the model's. Another one makes a copy, which
-            :meth:`sync_weights` refreshes.
+        dtype: of the weights generated with; None is the model's. Another one makes a copy.
+        copy_weights: generate with a copy in any case, which :meth:`sync_weights` refreshes: needed
+            where training shards the model over processes.
         max_conversations: conversations held at the same time; more wait.
         max_step_tokens: most tokens of one forward pass; longer prompts take several.
 
@@ -65,6 +67,7 @@ class TransformersEngine:
         sampling: SamplingConfig | None = None,
         *,
         dtype: torch.dtype | None = None,
+        copy_weights: bool = False,
         max_conversations: int = 256,
         max_step_tokens: int = 8192,
     ) -> None:
@@ -78,11 +81,11 @@ class TransformersEngine:
         self.sampling = sampling or SamplingConfig()
         self.forwarded_tokens = 0  # tokens that went through the model so far
         self._source = model
-        self._copies = dtype is not None and dtype != model.dtype
+        self._copies = copy_weights or (dtype is not None and dtype != model.dtype)
         self.model: PreTrainedModel = model
         if self._copies:
             self.model = copy.deepcopy(model).eval()
-            self.model.to(dtype=dtype)  # type: ignore[call-arg]
+            self.model.to(dtype=dtype or model.dtype)  # type: ignore[call-arg]
         self._config = self.model.config.get_text_config(decoder=True)
         self.text = TokenText(tokenizer, self._config.vocab_size)
         self._eos = _eos_ids(model, tokenizer)
@@ -153,21 +156,43 @@ class TransformersEngine:
             self._turns[slot] = None
             self._total[slot] = self._cached[slot] = 0
 
+    def restart(self) -> None:
+        """Forget all conversations."""
+        for name in [*self._slot_of, *self._queue]:
+            self.release(name)
+
+    def sleep(self) -> None:
+        """Give the memory of keys and values back; the next conversation takes it again.
+
+        Raises RuntimeError where a conversation is open.
+        """
+        self._check_idle("the engine is put to sleep")
+        self._cache.clear()
+
     def sync_weights(self) -> None:
         """Take over the model's current weights. No conversation may be open.
 
-        Raises RuntimeError otherwise: the cache would mix two models.
+        Of a model sharded over processes, each of them must call this. Raises RuntimeError where
+        a conversation is open: the cache would mix two models.
         """
-        if self._slot_of or self._queue:
-            raise RuntimeError(
-                f"{len(self._slot_of) + len(self._queue)} conversations are open while the weights "
-                "change; release them first"
-            )
+        self._check_idle("the weights change")
         if self._copies:
             with torch.no_grad():
                 own = self.model.state_dict()
                 for name, value in self._source.state_dict().items():
-                    own[name].copy_(value)
+                    own[name].copy_(whole(value))
+        elif is_sharded(self.model):
+            raise RuntimeError(
+                "the model is sharded over processes: generate with a copy of it, "
+                "TransformersEngine(..., copy_weights=True)"
+            )
+
+    def _check_idle(self, while_what: str) -> None:
+        if self._slot_of or self._queue:
+            raise RuntimeError(
+                f"{len(self._slot_of) + len(self._queue)} conversations are open while "
+                f"{while_what}; release them first"
+            )
 
     @torch.inference_mode()
     def step(self) -> list[Sample]:

@@ -1,7 +1,9 @@
 """The preference-aware TRM and its training."""
 
+from deeprec.trm import packed_cuda  # noqa: F401  # adds its backend to the ops
 from deeprec.trm.config import TRMConfig
 from deeprec.trm.examples import WrittenPreference
+from deeprec.trm.history_states import HistoryStates
 from deeprec.trm.model import PreferenceAwareTRM
 from deeprec.trm.packed import PackedTRM
 from deeprec.trm.phrases import PhraseBook, PhraseEncoder
@@ -9,6 +11,7 @@ from deeprec.trm.preferences import PreferenceMix, PreferenceWriter
 from deeprec.trm.training import TrainedTRM, TRMTrainConfig, train_trm
 
 __all__ = [
+    "HistoryStates",
     "PackedTRM",
     "PhraseBook",
     "PhraseEncoder",

@@ -24,6 +24,7 @@ from deeprec.ops import SeenItems, TopK
 from deeprec.trm.changes import ParameterWatch
 from deeprec.trm.config import TRMConfig
 from deeprec.trm.convolution import fourier_matrices, multiply_spectra
+from deeprec.trm.history_states import HistoryStates
 from deeprec.trm.layers import INIT_STD, Dropout, Encoder, MoEAdaptor
 from deeprec.trm.packed import PackedTRM
 
@@ -180,22 +181,26 @@ class PreferenceAwareTRM(nn.Module):
         *,
         exclude: SeenItems | None = None,
         exclude_history: bool = False,
+        cache: HistoryStates | None = None,
         backend: str | None = None,
     ) -> TopK:
         """The k best items of every row, ids ``[B, k]`` and cosine scores, best first.
 
         ``exclude`` holds item ids that must not be returned, ``exclude_history`` adds those of
-        the history; where fewer than k items are left, the id is -1 and the score -inf. Dropout
-        is off, whatever the mode; not differentiable. Arguments, errors and what else it can do:
-        :meth:`PackedTRM.retrieve <deeprec.trm.packed.PackedTRM.retrieve>`.
+        the history; where fewer than k items are left, the id is -1 and the score -inf. With a
+        ``cache`` histories that it knows cost nothing. Dropout is off, whatever the mode; not
+        differentiable. Arguments and errors: :meth:`PackedTRM.retrieve`.
         """
-        return self.pack().retrieve(
+        packed = self.pack()
+        states = None if cache is None else cache.of(packed, history, lengths)
+        return packed.retrieve(
             history,
             lengths,
             preference,
             k,
             exclude=exclude,
             exclude_history=exclude_history,
+            states=states,
             backend=backend,
         )
 

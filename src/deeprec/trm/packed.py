@@ -61,12 +61,12 @@ class PackedTRM:
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
         """The kernel's tensors by name."""
-        return pack_tensors(self._module(), self.dtype)
+        return pack_tensors(self.module(), self.dtype)
 
     @cached_property
     def index(self) -> ItemIndex:
         """Items 1…n as rows 0…n−1, so that padding cannot be returned."""
-        return ItemIndex(self._module().item_embedding.weight.detach()[1:], metric="cosine")
+        return ItemIndex(self.module().item_embedding.weight.detach()[1:], metric="cosine")
 
     @cached_property
     def kernel_model(self) -> _C.TRMModel:
@@ -78,10 +78,16 @@ class PackedTRM:
             {name: tensor.data_ptr() for name, tensor in self.tensors.items()},
         )
 
-    def _module(self) -> PreferenceAwareTRM:
+    def module(self) -> PreferenceAwareTRM:
+        """What was packed; RuntimeError where that is not known."""
         if self._model is None:
             raise RuntimeError("this packed TRM has no module behind it; load the TRM and pack it")
         return self._model
+
+    @property
+    def from_file(self) -> bool:
+        """Whether no module is behind it."""
+        return self._model is None
 
     @property
     def fresh(self) -> bool:
@@ -111,7 +117,7 @@ class PackedTRM:
         Arguments and errors as :meth:`retrieve`.
         """
         self._check_fresh()
-        asked = _Request(self, history, lengths)
+        asked = Request(self, history, lengths)
         chosen = backends.select(HISTORY, backend, self, asked.history)
         with backends.timed(HISTORY, chosen.name):
             return _tensor(chosen.run(self, asked))
@@ -127,7 +133,7 @@ class PackedTRM:
     ) -> Tensor:
         """User vectors, float32 ``[B, H]``, not normalised. Arguments as :meth:`retrieve`."""
         self._check_fresh()
-        asked = _Request(self, history, lengths, preference, states)
+        asked = Request(self, history, lengths, preference, states)
         chosen = backends.select(USER_VECTORS, backend, self, *asked.given())
         with backends.timed(USER_VECTORS, chosen.name):
             return _tensor(chosen.run(self, asked))
@@ -166,7 +172,7 @@ class PackedTRM:
             RuntimeError: the module has changed since it was packed.
         """
         self._check_fresh()
-        asked = _Request(self, history, lengths, preference, states)
+        asked = Request(self, history, lengths, preference, states)
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise ValueError(f"k must be an integer of at least 1, got {k!r}")
         if exclude is not None and (
@@ -241,7 +247,7 @@ class PackedTRM:
         )
 
 
-class _Request:
+class Request:
     """Arguments of a request once they fit: contiguous tensors of the right type."""
 
     def __init__(
@@ -333,7 +339,7 @@ def _tensor(result: Any) -> Tensor:
 # ---- backends ----
 
 
-def _encode(packed: PackedTRM, asked: _Request, *, states: bool) -> Tensor:
+def _encode(packed: PackedTRM, asked: Request, *, states: bool) -> Tensor:
     out = torch.empty(asked.count, packed.sizes["hidden"])
     address = out.data_ptr()
     _C.trm_encode(
@@ -345,16 +351,16 @@ def _encode(packed: PackedTRM, asked: _Request, *, states: bool) -> Tensor:
     return out
 
 
-def _history_cpu(packed: PackedTRM, asked: _Request) -> Tensor:
+def _history_cpu(packed: PackedTRM, asked: Request) -> Tensor:
     return _encode(packed, asked, states=True)
 
 
-def _user_vectors_cpu(packed: PackedTRM, asked: _Request) -> Tensor:
+def _user_vectors_cpu(packed: PackedTRM, asked: Request) -> Tensor:
     return _encode(packed, asked, states=False)
 
 
 def _retrieve_cpu(
-    packed: PackedTRM, asked: _Request, k: int, exclude: SeenItems | None, exclude_history: bool
+    packed: PackedTRM, asked: Request, k: int, exclude: SeenItems | None, exclude_history: bool
 ) -> tuple[Tensor, Tensor]:
     values = torch.empty(asked.count, k)
     indices = torch.empty(asked.count, k, dtype=torch.int64)
@@ -373,31 +379,31 @@ def _retrieve_cpu(
 
 
 @torch.no_grad()
-def _history_reference(packed: PackedTRM, asked: _Request) -> Tensor:
-    model = packed._module()
+def _history_reference(packed: PackedTRM, asked: Request) -> Tensor:
+    model = packed.module()
     with model.evaluating():
         return model.history_states(asked.history, asked.lengths)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
-def _user_vectors_reference(packed: PackedTRM, asked: _Request) -> Tensor:
-    model = packed._module()
+def _user_vectors_reference(packed: PackedTRM, asked: Request) -> Tensor:
+    model = packed.module()
     states = asked.states if asked.states is not None else _history_reference(packed, asked)
     with model.evaluating():
         return model.with_preference(states, asked.preference)
 
 
 def _retrieve_reference(
-    packed: PackedTRM, asked: _Request, k: int, exclude: SeenItems | None, exclude_history: bool
+    packed: PackedTRM, asked: Request, k: int, exclude: SeenItems | None, exclude_history: bool
 ) -> TopK:
     users = _user_vectors_reference(packed, asked)
-    rows = _excluded_rows(asked, exclude, exclude_history)
+    rows = excluded_rows(asked, exclude, exclude_history)
     found = packed.index.search(users, k, rows)
     return TopK(found.values, torch.where(found.indices < 0, -1, found.indices + 1))
 
 
-def _excluded_rows(
-    asked: _Request, exclude: SeenItems | None, exclude_history: bool
+def excluded_rows(
+    asked: Request, exclude: SeenItems | None, exclude_history: bool
 ) -> SeenItems | None:
     """Rows of the index: ids less one, of the history as well if asked for."""
     if exclude_history:
@@ -425,7 +431,7 @@ def _why_not_cpu(*arguments: Any) -> str | None:
 
 def _why_not_reference(*arguments: Any) -> str | None:
     for argument in arguments:
-        if isinstance(argument, PackedTRM) and argument._model is None:
+        if isinstance(argument, PackedTRM) and argument.from_file:
             return "a packed TRM from a file has no module behind it"
     return None
 

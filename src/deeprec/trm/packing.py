@@ -20,7 +20,7 @@ from deeprec.trm.layers import EncoderLayer
 if TYPE_CHECKING:
     from deeprec.trm.model import PreferenceAwareTRM
 
-__all__ = ["pack_tensors", "sizes"]
+__all__ = ["adapted_texts", "filter_in_time", "pack_tensors", "sizes"]
 
 PANEL = 32
 # Item texts that go through the adaptor at once.
@@ -65,13 +65,10 @@ def pack_tensors(model: PreferenceAwareTRM, dtype: torch.dtype) -> dict[str, Ten
             )
     config, hidden = model.config, model.config.hidden
     width, head = padded(hidden), hidden // config.n_heads
-    kernel = torch.fft.irfft(
-        torch.view_as_complex(model.complex_weight.double()), n=config.max_length, dim=1
-    )
     tensors = {
         "items": model.item_embedding.weight.detach().contiguous(),
-        "texts": _adapted_texts(model),
-        "kernel": _pad(kernel[0].repeat(2, 1).float(), width),
+        "texts": adapted_texts(model),
+        "kernel": _pad(filter_in_time(model).repeat(2, 1), width),
         "gates.weight": _pad(
             torch.cat([model.item_gating.weight, model.fusion_gating.weight]), width
         ),
@@ -120,7 +117,13 @@ def pack_tensors(model: PreferenceAwareTRM, dtype: torch.dtype) -> dict[str, Ten
     return tensors
 
 
-def _adapted_texts(model: PreferenceAwareTRM) -> Tensor:
+def filter_in_time(model: PreferenceAwareTRM) -> Tensor:
+    """The learned filter of the contextual convolution over positions, float32 ``[L, H]``."""
+    spectrum = torch.view_as_complex(model.complex_weight.double())
+    return torch.fft.irfft(spectrum, n=model.config.max_length, dim=1)[0].float()
+
+
+def adapted_texts(model: PreferenceAwareTRM) -> Tensor:
     """The adaptor's output for every row of the text table, float32 ``[n_items + 1, H]``."""
     adaptor, table = model.moe_adaptor, model.item_plm_embedding.weight
     was_training = adaptor.training

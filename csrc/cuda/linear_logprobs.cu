@@ -1,0 +1,2 @@
+#include "cuda/linear_logprobs.cuh"
+#include "cuda/linear_logprobs_backward.cuh"

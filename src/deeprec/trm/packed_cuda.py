@@ -1,0 +1,161 @@
+"""The packed TRM on CUDA: parameters in the layout of ``csrc/cuda/trm.h``, and its launches."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from deeprec import backends
+from deeprec.ops import SeenItems, TopK, cuda
+from deeprec.trm import packed as ops
+from deeprec.trm.layers import EncoderLayer
+from deeprec.trm.packing import adapted_texts, filter_in_time
+
+if TYPE_CHECKING:
+    from deeprec.trm.model import PreferenceAwareTRM
+    from deeprec.trm.packed import PackedTRM, Request
+
+__all__: list[str] = []
+
+# A query's scores lie in registers, a row of a history in shared memory (csrc/cuda/trm.h).
+LIMITS = {"max_length": 128, "hidden": 512, "n_experts": 32}
+
+
+class _Model:
+    """The kernels' view of a TRM, and the tensors it points into."""
+
+    def __init__(self, packed: PackedTRM, kernels: Any) -> None:
+        self.tensors = _tensors(packed.module())
+        padding = any(bool(self.tensors[name][0].any()) for name in ("items", "texts"))
+        self.native = kernels.TRMModel(
+            {**packed.sizes, "padding_row": padding},
+            packed.eps,
+            {name: tensor.data_ptr() for name, tensor in self.tensors.items()},
+        )
+
+
+_MODELS: WeakKeyDictionary[PackedTRM, _Model] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _tensors(model: PreferenceAwareTRM) -> dict[str, Tensor]:
+    experts: list[Tensor] = [
+        expert.get_parameter("lin.weight") for expert in model.moe_adaptor.experts
+    ]
+    tensors: dict[str, Tensor] = {
+        "items": model.item_embedding.weight,
+        "texts": adapted_texts(model),
+        "kernel": filter_in_time(model),
+        "gates.weight": torch.cat([model.item_gating.weight, model.fusion_gating.weight]),
+        "gates.bias": torch.cat([model.item_gating.bias, model.fusion_gating.bias]),
+        "positions": model.position_embedding.weight,
+        "adaptor.gate": model.moe_adaptor.w_gate.T,
+        "adaptor.experts": torch.cat(experts),
+    }
+    modules: dict[str, Any] = {"input_norm": model.LayerNorm, "output_norm": model.OutLayerNorm}
+    for index, module in enumerate(model.trm_encoder.layer):
+        layer, name = cast(EncoderLayer, module), f"layer.{index}."
+        attention, feed = layer.multi_head_attention, layer.feed_forward
+        parts = (attention.query, attention.key, attention.value)
+        tensors[name + "project.weight"] = torch.cat([part.weight for part in parts])
+        tensors[name + "project.bias"] = torch.cat([part.bias for part in parts])
+        modules |= {
+            name + "out": attention.out_linear,
+            name + "up": feed.linear_1,
+            name + "down": feed.linear_2,
+            name + "attention_norm": attention.LayerNorm,
+            name + "feed_norm": feed.LayerNorm,
+        }
+    for name, module in modules.items():
+        tensors[name + ".weight"], tensors[name + ".bias"] = module.weight, module.bias
+    return {name: tensor.detach().float().contiguous() for name, tensor in tensors.items()}
+
+
+def _history(packed: PackedTRM, asked: Request) -> Tensor:
+    history, lengths = asked.history, asked.lengths
+    assert history is not None and lengths is not None
+    count, width = history.shape
+    states = torch.empty(count, packed.sizes["hidden"], device=history.device)
+    if not count:
+        return states
+    # Lengths are not checked here, which would wait for the device.
+    ends = lengths.clamp(1, width).cumsum(0)
+    starts = torch.cat([ends.new_zeros(1), ends])
+    last = ends - 1
+    with cuda.on(history) as target:
+        model = _model(packed, target.kernels)
+        size = target.kernels.trm_encode_workspace(model.native, count, width)
+        workspace = torch.empty(size, dtype=torch.uint8, device=history.device)
+        target.kernels.trm_encode(
+            model.native,
+            shape=(count, width),
+            histories=(history.data_ptr(), starts.data_ptr(), last.data_ptr()),
+            states=states.data_ptr(),
+            workspace=workspace.data_ptr(),
+            stream=target.stream,
+        )
+    return states
+
+
+def _user_vectors(packed: PackedTRM, asked: Request) -> Tensor:
+    states = asked.states if asked.states is not None else _history(packed, asked)
+    users = torch.empty_like(states)
+    if not len(states):
+        return users
+    preference = asked.preference
+    with cuda.on(states) as target:
+        model = _model(packed, target.kernels)
+        size = target.kernels.trm_fuse_workspace(model.native, len(states))
+        workspace = torch.empty(size, dtype=torch.uint8, device=states.device)
+        target.kernels.trm_fuse(
+            model.native,
+            count=len(states),
+            states=states.data_ptr(),
+            preference=0 if preference is None else preference.data_ptr(),
+            users=users.data_ptr(),
+            workspace=workspace.data_ptr(),
+            stream=target.stream,
+        )
+    return users
+
+
+def _retrieve(
+    packed: PackedTRM, asked: Request, k: int, exclude: SeenItems | None, exclude_history: bool
+) -> TopK:
+    users = _user_vectors(packed, asked)
+    rows = ops.excluded_rows(asked, exclude, exclude_history)
+    found = packed.index.search(users, k, rows)
+    return TopK(found.values, torch.where(found.indices < 0, -1, found.indices + 1))
+
+
+def _model(packed: PackedTRM, kernels: Any) -> _Model:
+    """Made at the first call; a packed TRM never changes."""
+    model = _MODELS.get(packed)
+    if model is None:
+        model = _MODELS[packed] = _Model(packed, kernels)
+    return model
+
+
+def _why_not(*arguments: PackedTRM | Tensor) -> str | None:
+    tensors = []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            tensors.append(argument)
+            continue
+        if argument.dtype != torch.float32:
+            return f"weights are {argument.dtype}; the CUDA kernels keep float32"
+        for name, limit in LIMITS.items():
+            if argument.sizes[name] > limit:
+                return f"{name} is {argument.sizes[name]}, more than {limit}"
+        if argument.from_file:
+            return "a packed TRM from a file has the layout of the CPU"
+        tensors.append(argument.module().item_embedding.weight)
+    return cuda.why_not(*tensors)
+
+
+backends.register(ops.HISTORY, "cuda", _history, _why_not)
+backends.register(ops.USER_VECTORS, "cuda", _user_vectors, _why_not)
+backends.register(ops.RETRIEVE, "cuda", _retrieve, _why_not)
