@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from test_topk_cuda import DTYPES, assert_same, random_seen
 from torch import Tensor
 
