@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from emulation import ROOT, SCHEDULES, build, emulating, load
+from test_emulator import mutated
 from test_topk_cuda import DTYPES, assert_same, random_seen
 from torch import Tensor
 
@@ -37,3 +41,77 @@ def test_few_rows_are_scored_exactly(emulated) -> None:
     torch.manual_seed(0)
     index = check(torch.randn(4, 32), torch.randn(6000, 32), 5)
     assert index.stats().rescored_per_query < 6000 / 8
+
+
+def test_exclusions_and_batches_of_both_tile_sizes(emulated) -> None:
+    torch.manual_seed(1)
+    items = torch.nn.functional.normalize(torch.randn(900, 24), dim=1)
+    for batch in (2, 18):
+        queries = torch.randn(batch, 24)
+        seen = SeenItems.from_lists(  # what would have been answered, and more
+            sorted({*row, *range(40)})
+            for row in topk_retrieve(queries, items, 30, backend="reference").indices.tolist()
+        )
+        check(queries, items, 7, seen)
+
+
+def test_overflowing_lists_are_searched_directly(emulated) -> None:
+    """All rows tie for one query, so its list overflows; the other's does not."""
+    torch.manual_seed(0)
+    items = torch.zeros(4500, 4)
+    items[:, 0] = torch.randint(-3, 4, (4500,)).float()
+    queries = torch.tensor([[0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
+    check(queries, items, 3)
+
+
+def test_hard_numbers(emulated) -> None:
+    """A common part far larger than the differences, denormals, and scores that overflow."""
+    torch.manual_seed(0)
+    spread = torch.randn(600, 16)
+    queries = torch.randn(3, 16)
+    check(queries, 1000 + 1e-3 * spread, 5)
+    check(queries, 1e-42 * spread, 5)
+    check(1e30 * queries, 1e30 * spread, 5)
+    check(1e-30 * queries, 1e-30 * spread, 5)
+
+
+# ---- seeded bugs in the shipped kernels: each must change an answer ----
+
+BUGS = {
+    "a lower bound that is an upper one": (
+        "topk_codes.cuh",
+        "(dot - radius - kCodeSlack",
+        "(dot + radius + kCodeSlack",
+    ),
+    "a removed barrier": (
+        "topk_best.cuh",
+        "    Group::sync();  // nobody appends before everybody has read the count\n",
+        "",
+    ),
+    "a row too few": (
+        "topk_codes.cuh",
+        "if (position >= job.table.count) continue;",
+        "if (position + 1 >= job.table.count) continue;",
+    ),
+    "rows of another lane": ("topk_codes.cuh", "lane / 4 % 4 * 4", "lane / 4 % 4 * 3"),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_seeded_bugs_in_the_cuda_top_k_are_noticed(tmp_path: Path, bug: str) -> None:
+    file, old, new = BUGS[bug]
+    folder = mutated(ROOT / "csrc" / "cuda", tmp_path / "cuda", file, old, new)
+    kernels = load(build("plain", folder))
+    torch.manual_seed(0)
+    items, queries = torch.randn(545, 48), torch.randn(2, 48)
+    noticed = False
+    with emulating(kernels):
+        for schedule in SCHEDULES:
+            kernels.set_schedule(**schedule)
+            try:
+                check(queries, items, 200)
+                check(queries, items, 545)
+            except (AssertionError, RuntimeError):
+                noticed = True
+                break
+    assert noticed
