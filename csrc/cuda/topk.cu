@@ -23,7 +23,7 @@ constexpr int64_t kBlocksEach = 4, kRowsEach = 1024;
 constexpr int64_t kWorkspaceBytes = INT64_C(256) << 20;
 // Queries of a scan's block; small batches waste fewer lanes with the lesser tile.
 constexpr int kManyTiles = 8, kFewTiles = 2;
-// One group in so many is sampled, at least so many a set of classes.
+// One block in so many is sampled, at least so many a set of classes.
 constexpr int64_t kSampleStride = 16, kSamplesEach = 4;
 // Classes beyond k, so that few of the best rows share one.
 constexpr int64_t kClassesEach = 4, kMinClasses = 1024;
@@ -36,7 +36,7 @@ struct Plan {
   int64_t parts;  // of items
   // coded; no steps: no codes
   int steps = 0, tiles = 0, sets = 0;
-  int64_t groups = 0, stride = 1, samples = 0, sample_blocks = 0, scan_parts = 0, capacity = 0;
+  int64_t blocks = 0, stride = 1, samples = 0, sample_blocks = 0, scan_parts = 0, capacity = 0;
   // both
   int64_t chunk;  // queries at a time
   int64_t bytes;  // of workspace
@@ -96,19 +96,19 @@ void plan_codes(const TopkRequest& request, Plan& plan) {
   const int64_t quads = topk::code_shape(items.dim).quads;
   plan.steps = int(divide_up(quads, kStepQuads));
   plan.tiles = request.count > kFewTiles * 8 ? kManyTiles : kFewTiles;
-  plan.groups = divide_up(items.count, topk::kGroupRows);
+  plan.blocks = divide_up(items.count, topk::kBlockRows);
   plan.sets = 1;
   while (plan.sets * 32 < std::max(kMinClasses, kClassesEach * request.k)) plan.sets *= 2;
-  const int64_t wanted = std::max(plan.groups / kSampleStride, kSamplesEach * plan.sets);
-  plan.stride = std::max<int64_t>(plan.groups / wanted, 1);
-  plan.samples = divide_up(plan.groups, plan.stride);
+  const int64_t wanted = std::max(plan.blocks / kSampleStride, kSamplesEach * plan.sets);
+  plan.stride = std::max<int64_t>(plan.blocks / wanted, 1);
+  plan.samples = divide_up(plan.blocks, plan.stride);
   const int64_t sample_tiles = padded(plan, request.count) / kSampleQueries;
   plan.sample_blocks =
       std::clamp<int64_t>(divide_up(kBlocksEach * request.multiprocessors,
                                     sample_tiles * plan.sets), 1, 65535 / plan.sets) * plan.sets;
   const int64_t scan_tiles = padded(plan, request.count) / (plan.tiles * 8);
   plan.scan_parts = std::clamp<int64_t>(divide_up(kBlocksEach * request.multiprocessors, scan_tiles),
-                                        1, std::min<int64_t>(divide_up(plan.groups, kScanWarps), 65535));
+                                        1, std::min<int64_t>(divide_up(plan.blocks, kScanWarps), 65535));
   plan.capacity =
       std::min(items.count, std::max(kMinListed, kListedEach * request.k * plan.stride));
 }
@@ -177,7 +177,7 @@ template <int kTiles>
 void launch_scan(const Plan& plan, const ScanJob& job, void* stream) {
   launch("topk_scan",
          {dim3(unsigned(divide_up(job.count, kTiles * 8)), unsigned(plan.scan_parts)),
-          dim3(kScanThreads), kScanWarps * 2 * kTiles * 8 * int(sizeof(int32_t)), stream},
+          dim3(kScanThreads), kScanWarps * kTiles * 8 * int(sizeof(int32_t)), stream},
          topk_scan<kTiles>, job);
 }
 
@@ -205,7 +205,7 @@ void search_codes(const Plan& plan, const TopkRequest& request, const Buffers& t
                    reinterpret_cast<uint32_t*>(to.fragments), to.encoded, to.shift, to.scale,
                    to.sampled, classes, to.counts});
   const CodeTable table{index.filter.codes, index.filter.bounds, index.filter.order,
-                        uint32_t(index.rows.count), int(plan.groups), int(topk::code_shape(dim).quads),
+                        uint32_t(index.rows.count), int(plan.blocks), int(topk::code_shape(dim).quads),
                         plan.steps};
   launch("topk_sample",
          {dim3(unsigned(all / kSampleQueries), unsigned(plan.sample_blocks)), dim3(kScanThreads),

@@ -147,32 +147,32 @@ __global__ void __launch_bounds__(kEncodeThreads) topk_encode(const EncodeJob jo
 
 // ---- products of codes ----
 
-// A warp multiplies the 32 rows of a group with kTiles * 8 queries. Lane l, member t = l % 4 of
-// group g = l / 4, loads four rows of a quad with one 128-bit load: rows 4 (g % 4) … of block
-// g / 4. Two go to each of two mma tiles, as their rows g and g + 8; so the lane ends up with
-// dots[tile][i][j]: its four rows i, and queries 8 tile + 2 t + j.
-constexpr uint32_t kGroupRows = uint32_t(topk::kGroupRows);
+// A warp multiplies the 32 rows of a block with kTiles * 8 queries. Lane l, member t = l % 4 of
+// group g = l / 4, loads rows 4 g … of a quad with one 128-bit load. Two go to each of two mma
+// tiles, as their rows g and g + 8; so the lane ends up with dots[tile][i][j]: its four rows i, and
+// queries 8 tile + 2 t + j.
+constexpr uint32_t kBlockRows = uint32_t(topk::kBlockRows);
+static_assert(kBlockRows == 32, "four rows for each of a warp's groups");
+constexpr int kLaneRows = 4;
 
 struct CodeTable {
-  const uint8_t* codes;  // [groups * 2, quads, 16, 4]
+  const uint8_t* codes;  // [blocks, quads, 32, 4]
   const topk::BlockBound* bounds;
   const uint32_t* order;
   uint32_t count;
-  int groups, quads, steps;
+  int blocks, quads, steps;
 };
 
-__device__ __forceinline__ int first_row_of_lane(int lane) { return lane / 16 * 16 + lane / 4 % 4 * 4; }
-
 template <int kTiles>
-__device__ __forceinline__ void multiply_group(const CodeTable& table, const uint4* fragments,
-                                               int group, int32_t (&dots)[kTiles][4][2]) {
+__device__ __forceinline__ void multiply_block(const CodeTable& table, const uint4* fragments,
+                                               int block, int32_t (&dots)[kTiles][4][2]) {
+  constexpr int kQuadVectors = int(kBlockRows) / kLaneRows;
   const int lane = int(threadIdx.x) % 32, member = lane % 4;
-  const uint4* rows =
-      reinterpret_cast<const uint4*>(table.codes) +
-      int64_t(group * 2 + lane / 16) * table.quads * (topk::kBlockRows / 4) + lane / 4 % 4;
+  const uint4* rows = reinterpret_cast<const uint4*>(table.codes) +
+                      int64_t(block) * table.quads * kQuadVectors + lane / 4;
   // Beyond the last quad the queries' codes are zero: any row will do.
   const auto load = [&](int quad) {
-    return rows[(quad < table.quads ? quad : 0) * int(topk::kBlockRows / 4)];
+    return rows[(quad < table.quads ? quad : 0) * kQuadVectors];
   };
   int32_t sums[2][kTiles][4] = {};
   uint4 next[2] = {load(member), load(member + 4)};
@@ -208,7 +208,7 @@ struct SampleJob {
   CodeTable table;
   const uint4* fragments;
   const EncodedQuery* encoded;
-  int samples, stride;  // groups 0, stride, 2 stride …
+  int samples, stride;  // blocks 0, stride, 2 stride …
   int sets;             // of 32 classes; gridDim.y is a multiple
   Key* sampled;         // [padded, sets * 32] best lower bound of a class, and its position
 };
@@ -220,11 +220,11 @@ constexpr int kSampleSmem = kSampleQueries * 32 * int(sizeof(Key));
 // Rows fall into classes; the k-th largest of the classes' best lower bounds is one that k
 // different rows reach. Block (x, y) has 16 queries and samples y, y + gridDim.y, …
 __global__ void __launch_bounds__(kScanThreads) topk_sample(const SampleJob job) {
-  Key* best = dynamic_smem<Key>();  // [kSampleQueries][32 rows of a group]
+  Key* best = dynamic_smem<Key>();  // [kSampleQueries][32 rows of a block]
   for (int i = int(threadIdx.x); i < kSampleQueries * 32; i += kScanThreads) best[i] = 0;
   __syncthreads();
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-  const int row = first_row_of_lane(lane);
+  const int row = lane / 4 * kLaneRows;
   const int64_t first = int64_t(blockIdx.x) * kSampleQueries;
   const uint4* fragments = job.fragments + first / kFragmentQueries * job.table.steps * 32;
   EncodedQuery queries[kSampleTiles][2];
@@ -243,10 +243,10 @@ __global__ void __launch_bounds__(kScanThreads) topk_sample(const SampleJob job)
     }
   for (int i = int(blockIdx.y) + int(gridDim.y) * warp; i < job.samples;
        i += int(gridDim.y) * kScanWarps) {
-    const int group = i * job.stride;
+    const int block = i * job.stride;
     int32_t dots[kSampleTiles][4][2];
-    multiply_group<kSampleTiles>(job.table, fragments, group, dots);
-    const topk::BlockBound bound = job.table.bounds[group * 2 + lane / 16];
+    multiply_block<kSampleTiles>(job.table, fragments, block, dots);
+    const topk::BlockBound bound = job.table.bounds[block];
     const float scale = 1.0f / bound.inverse_scale;
 #pragma unroll
     for (int tile = 0; tile < kSampleTiles; ++tile)
@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(kScanThreads) topk_sample(const SampleJob job)
         const float radius = q.norm * bound.error + q.error * bound.norm;
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-          const uint32_t position = uint32_t(group) * kGroupRows + uint32_t(row + r);
+          const uint32_t position = uint32_t(block) * kBlockRows + uint32_t(row + r);
           const float dot = float(dots[tile][r][j] - q.offset);
           const float lower =
               (dot - radius - kCodeSlack - (fabsf(dot) + radius) * kRelativeSlack) * scale;
@@ -347,39 +347,34 @@ __device__ __forceinline__ int32_t least_dot(const EncodedQuery& q, const topk::
   return least < kUnreachable ? __float2int_rd(least) : int32_t(kUnreachable);
 }
 
-// Block (x, y): queries x kTiles 8 …, and the y-th part of the groups, a group a warp at a time.
+// Block (x, y): queries x kTiles 8 …, and the y-th part of the rows' blocks, one a warp at a time.
 template <int kTiles>
 __global__ void __launch_bounds__(kScanThreads, kTiles > 2 ? 2 : 3) topk_scan(const ScanJob job) {
   constexpr int kQueries = kTiles * 8;
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-  // [2 blocks][kQueries] least products of the warp's group.
-  int32_t* least = dynamic_smem<int32_t>() + warp * 2 * kQueries;
+  int32_t* least = dynamic_smem<int32_t>() + warp * kQueries;  // products that matter, by query
   const int64_t first = int64_t(blockIdx.x) * kQueries;
   const uint4* fragments = job.fragments + first / kFragmentQueries * job.table.steps * 32;
 
-  const int64_t groups = job.table.groups;
-  const int begin = int(groups * blockIdx.y / gridDim.y);
-  const int end = int(groups * (blockIdx.y + 1) / gridDim.y);
-  for (int group = begin + warp; group < end; group += kScanWarps) {
+  const int64_t blocks = job.table.blocks;
+  const int begin = int(blocks * blockIdx.y / gridDim.y);
+  const int end = int(blocks * (blockIdx.y + 1) / gridDim.y);
+  for (int block = begin + warp; block < end; block += kScanWarps) {
     int32_t dots[kTiles][4][2];
-    multiply_group<kTiles>(job.table, fragments, group, dots);
-    __syncwarp();  // the last group's are no longer read
-#pragma unroll
-    for (int b = 0; b < 2; ++b) {
-      const topk::BlockBound bound = job.table.bounds[group * 2 + b];
-      for (int query = lane; query < kQueries; query += 32) {
-        const EncodedQuery q = job.encoded[first + query];
-        least[b * kQueries + query] = first + query < job.count
-                                          ? least_dot(q, bound) + q.offset
-                                          : std::numeric_limits<int32_t>::max();
-      }
+    multiply_block<kTiles>(job.table, fragments, block, dots);
+    const topk::BlockBound bound = job.table.bounds[block];
+    __syncwarp();  // the last block's are no longer read
+    for (int query = lane; query < kQueries; query += 32) {
+      const EncodedQuery q = job.encoded[first + query];
+      least[query] = first + query < job.count ? least_dot(q, bound) + q.offset
+                                               : std::numeric_limits<int32_t>::max();
     }
     __syncwarp();
     unsigned long long reaching = 0;  // bit 8 tile + 2 r + j
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       const int column = tile * 8 + lane % 4 * 2;
-      const int2 both = *reinterpret_cast<const int2*>(&least[lane / 16 * kQueries + column]);
+      const int2 both = *reinterpret_cast<const int2*>(&least[column]);
       uint32_t byte = 0;
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
@@ -392,7 +387,7 @@ __global__ void __launch_bounds__(kScanThreads, kTiles > 2 ? 2 : 3) topk_scan(co
       const int bit = __ffsll(static_cast<long long>(reaching)) - 1;
       reaching &= reaching - 1;
       const uint32_t position =
-          uint32_t(group) * kGroupRows + uint32_t(first_row_of_lane(lane) + bit / 2 % 4);
+          uint32_t(block) * kBlockRows + uint32_t(lane / 4 * kLaneRows + bit / 2 % 4);
       if (position >= job.table.count) continue;
       const int64_t query = first + bit / 8 * 8 + lane % 4 * 2 + bit % 2;
       const uint32_t id = job.table.order ? job.table.order[position] : position;

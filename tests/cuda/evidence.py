@@ -65,8 +65,8 @@ LAUNCHES = [
     ("topk_encode", 128, (128 + 4) * 8),
     ("topk_sample", 256, 16 * 32 * 8),
     ("topk_threshold", 256, 1024 * 8),
-    ("topk_scan<8>", 256, 8 * 2 * 64 * 4),
-    ("topk_scan<2>", 256, 8 * 2 * 16 * 4),
+    ("topk_scan<8>", 256, 8 * 64 * 4),
+    ("topk_scan<2>", 256, 8 * 16 * 4),
     ("topk_rescore", 256, 512 * 8 + 16),
 ]
 
@@ -92,7 +92,7 @@ GPUS = {
 # Bytes from memory and operations of a call at the sizes of docs/BENCHMARKS.md, by formula.
 N, D, T, H, V = 1_000_000, 128, 2048, 576, 49_152
 WORK: list[tuple[str, float, float, str]] = [
-    (f"top 20 of 1M x 128, codes, {b} queries", N * D * (1 + 1 / 16) + N * 0.75, 2 * N * D * b,
+    (f"top 20 of 1M x 128, codes, {b} queries", N * D * (1 + 1 / 16) + N * 0.375, 2 * N * D * b,
      "int8")
     for b in (1, 64, 256)
 ] + [

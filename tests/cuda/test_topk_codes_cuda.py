@@ -93,7 +93,7 @@ BUGS = {
         "if (position >= job.table.count) continue;",
         "if (position + 1 >= job.table.count) continue;",
     ),
-    "rows of another lane": ("topk_codes.cuh", "lane / 4 % 4 * 4", "lane / 4 % 4 * 3"),
+    "rows of another lane": ("topk_codes.cuh", "lane / 4 * kLaneRows + bit", "lane / 4 * 3 + bit"),
 }
 
 
