@@ -2,7 +2,8 @@
 
 Errors are the largest against float64. Memory is the growth of the peak resident set in a process
 of its own, beyond inputs and returned gradients. A peer is left out of shapes where it would need
-more than LOGITS_BYTES for one copy of the logits, or where every call takes tens of seconds.
+more than LOGITS_BYTES for one copy of the logits, or where a call takes many seconds; those that
+compile first, up to a minute a shape and dtype, out of all but COMPILED.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ ROWS = (512, 2048, 8192)
 WIDTHS = (256, 576, 896)
 HEADLINE = (2048, 576, 49_152)
 SHORT = (512, 256, 3668)
+COMPILED = ((2048, 576, 3668), HEADLINE)
 # Rows whose float64 truth is computed: enough to find the error, little enough to be quick.
 CHECKED = 64
 LOGITS_BYTES = 13 * 10**8  # peers hold three or four copies
@@ -120,7 +122,7 @@ def test_gather_logprobs(table: Table, rows: int, vocabulary: int, dtype: str) -
         "gather_logprobs",
         {"T": rows, "V": vocabulary, "dtype": dtype},
         gather_logprobs,
-        gather_peers(not table.short),
+        gather_peers(compiled=(rows, vocabulary) == (2048, 49_152)),
         ([logits], ids, truth),
         operations=rows * vocabulary,
         unit="exp_sum",
@@ -128,16 +130,16 @@ def test_gather_logprobs(table: Table, rows: int, vocabulary: int, dtype: str) -
     )
 
 
-def peers_at(rows: int, size: int, vocabulary: int, dtype: str, short: bool) -> dict[str, Peer]:
+def peers_at(rows: int, size: int, vocabulary: int, dtype: str) -> dict[str, Peer]:
     """The peers a shape is measured with; see the top of this file."""
     work = 2.0 * rows * size * vocabulary
     fits = rows * vocabulary * DTYPES[dtype].itemsize <= LOGITS_BYTES
-    if work > TORCH_ONLY or short:
-        peers = linear_peers(compiled=False) if short else {}
+    if work > TORCH_ONLY:
+        peers = {}
     elif work > EVERY_PEER and (rows, size, vocabulary) != HEADLINE:
         peers = {"torch": linear_peers(compiled=False)["torch"]}
     else:
-        peers = linear_peers()
+        peers = linear_peers(compiled=(rows, size, vocabulary) in COMPILED)
     return {name: peer for name, peer in peers.items() if fits or name not in HOLDS_LOGITS}
 
 
@@ -160,7 +162,7 @@ def test_linear_logprobs(table: Table, rows: int, size: int, vocabulary: int, dt
         "linear_logprobs",
         {"T": rows, "H": size, "V": vocabulary, "dtype": dtype},
         linear_logprobs,
-        peers_at(rows, size, vocabulary, dtype, table.short),
+        peers_at(rows, size, vocabulary, dtype),
         ([hidden, weight], ids, truth),
         operations=2.0 * rows * size * vocabulary,
         unit="fp32_fma" if dtype == "fp32" else "bf16_dot",

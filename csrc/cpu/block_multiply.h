@@ -2,8 +2,8 @@
 //
 // A block of A is [32 rows][32 k]; a block of B is [32 k][32 lanes], in bf16 with two
 // consecutive k interleaved, as the dot-product instructions want it: [16 k pairs][32 lanes][2].
-// C is [32 rows][32 lanes] float. Every element of C adds its products in ascending k, whatever
-// surrounds it, so results do not depend on how rows were batched.
+// C is [32 rows][32 lanes] float. Every element of C adds its products in ascending k, a few blocks
+// at a time, whatever surrounds it, so results do not depend on how rows were batched.
 #pragma once
 
 #include "cpu/float_vec.h"
@@ -128,8 +128,9 @@ inline Vec multiply_add(Word x, const Word* y, Vec sum) { return fma(set1(x), lo
 
 // The accumulators that fit the registers: 8 x 2 of 32 with AVX-512, 4 x 2 of 16 below.
 constexpr int kRows = Vec::width == 16 ? 8 : 4, kColumns = 2;
-// Blocks of B that stay in the first-level cache while every row passes over them.
-constexpr int64_t kResident = 4;
+// Blocks of B that stay in the first-level cache while every row passes over them. Their sum starts
+// at 0 and is then added to C, which keeps rounding errors from growing along all of k.
+constexpr int64_t kResident = 2;
 
 inline void multiply(Blocks a, Blocks b, int64_t n, float* c, bool accumulate) {
   constexpr int w = Vec::width;
@@ -141,7 +142,7 @@ inline void multiply(Blocks a, Blocks b, int64_t n, float* c, bool accumulate) {
         Vec sums[kRows][kColumns];
         for (int r = 0; r < kRows; ++r)
           for (int j = 0; j < kColumns; ++j)
-            sums[r][j] = accumulate || start ? load(out + r * kSide + j * w) : set1(0.f);
+            sums[r][j] = set1(0.f);
         for (int64_t k = start; k < end; ++k) {
           const Word* x = (const Word*)a.first[k * a.step].part[0] + row * kSteps;
           const Word* y = (const Word*)b.first[k * b.step].part[0] + lane;
@@ -153,7 +154,10 @@ inline void multiply(Blocks a, Blocks b, int64_t n, float* c, bool accumulate) {
                 sums[r][j] = multiply_add(x[r * kSteps + i], y + i * kSide + j * w, sums[r][j]);
         }
         for (int r = 0; r < kRows; ++r)
-          for (int j = 0; j < kColumns; ++j) store(out + r * kSide + j * w, sums[r][j]);
+          for (int j = 0; j < kColumns; ++j) {
+            float* at = out + r * kSide + j * w;
+            store(at, accumulate || start ? load(at) + sums[r][j] : sums[r][j]);
+          }
       }
   }
 }

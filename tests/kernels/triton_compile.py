@@ -46,7 +46,8 @@ class _Driver:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        # Triton keeps what it has compiled by device: each target is a device of its own.
+        return [*TARGETS.values()].index(self.target)
 
     def get_current_stream(self, device: int = 0) -> int:
         return 0

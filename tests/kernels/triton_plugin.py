@@ -5,6 +5,7 @@ The blocks are small so that small problems have several of them, the last one p
 
 import importlib
 import pkgutil
+from types import ModuleType
 
 import torch
 import triton
@@ -14,7 +15,19 @@ from triton.runtime.autotuner import Autotuner
 SMALL = {
     "gather_forward": {"BLOCK": 64},
     "gather_backward": {"BLOCK": 64},
+    "linear_forward": {"BLOCK_T": 16, "BLOCK_V": 16},
+    "linear_grad_logits": {"BLOCK_T": 16, "BLOCK_V": 16},
+    "linear_grad_hidden": {"BLOCK_M": 16, "BLOCK_N": 16},
+    "linear_grad_weight": {"BLOCK_M": 16, "BLOCK_N": 16},
+    "scan": {"BLOCK_N": 64},
 }
+
+
+def shrink(module: ModuleType) -> None:
+    """Leave every tuned kernel of a module its one small configuration."""
+    for name, kernel in vars(module).items():
+        if isinstance(kernel, Autotuner):
+            kernel.configs = [triton.Config(SMALL[name])]
 
 
 def pytest_configure() -> None:
@@ -22,8 +35,10 @@ def pytest_configure() -> None:
     # Memory that a kernel should have written, and has not, is then NaN.
     torch.use_deterministic_algorithms(True)
     import deeprec.kernels
+    from deeprec.kernels import linear_logprobs
+    from deeprec.ops import linear_logprobs_triton
 
     for module in pkgutil.iter_modules(deeprec.kernels.__path__):
-        for name, kernel in vars(importlib.import_module(f"deeprec.kernels.{module.name}")).items():
-            if isinstance(kernel, Autotuner):
-                kernel.configs = [triton.Config(SMALL[name])]
+        shrink(importlib.import_module(f"deeprec.kernels.{module.name}"))
+    linear_logprobs.SPLIT = 64
+    linear_logprobs_triton.CHUNK, linear_logprobs_triton.CHUNK_ROWS = 80, 32

@@ -81,7 +81,7 @@ def test_exp_error_bound(isa):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(70, 100, 600), (33, 64, 257)])
+@pytest.mark.parametrize("shape", [(70, 100, 600), (33, 64, 257), (40, 700, 2000)])
 def test_linear_on_every_isa_is_as_good_as_torch(isa, dtype, shape):
     hidden, weight, ids = head(*shape, dtype)
     truth = run(hidden.double(), weight.double(), ids, backend="reference")

@@ -7,10 +7,10 @@ import importlib
 import inspect
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib import metadata
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
@@ -90,20 +90,20 @@ class Patch:
         """
         if _ACTIVE.get(self.target) is self:
             del _ACTIVE[self.target]
-            for item in reversed(self._planned):
-                _exchange(item, item.ours, item.original)
+            _exchange(self._planned, undo=True)
 
     def explain(self) -> str:
         """One line a replaced function: where it is used, and what became of its calls."""
         lines = [f"{self.target} {self.version}:"]
+        holders = _holders(item.ours for item in self._planned)
         for item in self._planned:
             usage = item.usage
             lines.append(f"  {item.path} -> {item.replacement.by}: {usage.taken} calls")
             lines += [
                 f"    passed on {n} times: {why}" for why, n in sorted(usage.passed_on.items())
             ]
-            others = [f"{place}.{name}" for place, name in _holders(item, item.ours)]
-            if others:
+            places = {f"{module.__name__}.{name}" for module, name in holders[id(item.ours)]}
+            if others := sorted(places - {item.path}):
                 lines.append(f"    also in {', '.join(others)}")
         return "\n".join(lines)
 
@@ -157,14 +157,10 @@ def patch(target: str) -> Patch:
     peer: Peer = importlib.import_module(f"deeprec.integrations.{target}").PEER
     version = _checked_version(target, peer)
     planned = [_plan(target, version, replacement) for replacement in peer.replacements]
-    done: list[_Planned] = []
     try:
-        for item in planned:
-            done.append(item)
-            _exchange(item, item.original, item.ours)
+        _exchange(planned)
     except BaseException:
-        for item in reversed(done):
-            _exchange(item, item.ours, item.original)
+        _exchange(planned, undo=True)
         raise
     _ACTIVE[target] = Patch(target, version, planned)
     return _ACTIVE[target]
@@ -234,23 +230,25 @@ def _check_signature(path: str, original: Any, ours: Any) -> None:
         )
 
 
-def _holders(item: _Planned, value: Any) -> list[tuple[str, str]]:
-    """Modules other than the owner that hold ``value``, and under which names."""
-    if not item.replacement.everywhere:
-        return []
-    found = []
-    for name, module in list(sys.modules.items()):
-        # vars(), not getattr: lazy modules would import everything they could offer.
+def _holders(values: Iterable[Any]) -> dict[int, list[tuple[ModuleType, str]]]:
+    """The modules that hold each of the values, and under which names, by the value's id."""
+    found: dict[int, list[tuple[ModuleType, str]]] = {id(value): [] for value in values}
+    for module in list(sys.modules.values()):
+        # __dict__, not getattr: lazy modules would import everything they could offer.
         namespace = getattr(module, "__dict__", None)
-        if module is item.owner or not isinstance(namespace, dict):
-            continue
-        found += [(name, key) for key, held in list(namespace.items()) if held is value]
-    return sorted(found)
+        if isinstance(namespace, dict):
+            for name, held in list(namespace.items()):
+                if id(held) in found:
+                    found[id(held)].append((module, name))
+    return found
 
 
-def _exchange(item: _Planned, old: Any, new: Any) -> None:
-    """Put ``new`` wherever ``old`` is."""
-    for name, key in _holders(item, old):
-        setattr(sys.modules[name], key, new)
-    if vars(item.owner).get(item.attribute) is old:
-        setattr(item.owner, item.attribute, new)
+def _exchange(planned: Iterable[_Planned], *, undo: bool = False) -> None:
+    """Put ours wherever the originals are, or the other way round."""
+    swaps = [(p, p.ours, p.original) if undo else (p, p.original, p.ours) for p in planned]
+    holders = _holders(old for item, old, _ in swaps if item.replacement.everywhere)
+    for item, old, new in swaps:
+        for module, name in holders.get(id(old), []):
+            setattr(module, name, new)
+        if vars(item.owner).get(item.attribute) is old:
+            setattr(item.owner, item.attribute, new)

@@ -2,9 +2,11 @@
 
 from deeprec.ops import (  # noqa: F401  # each adds itself to the table
     linear_logprobs_cuda,
+    linear_logprobs_triton,
     logprobs_cuda,
     logprobs_triton,
     topk_cuda,
+    topk_triton,
 )
 from deeprec.ops.allowed import AllowedTokens
 from deeprec.ops.index import IndexStats, ItemIndex

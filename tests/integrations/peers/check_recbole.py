@@ -47,8 +47,9 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def make(shop: Path, tmp_path: Path) -> Callable[..., Any]:
+def make(shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """``make("SASRec", **config)``: an untrained model with its trainer and data."""
+    monkeypatch.chdir(tmp_path)  # RecBole writes its logs there
 
     def build(model: str, **changes: Any) -> Any:
         settings = {

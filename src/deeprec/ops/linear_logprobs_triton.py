@@ -1,0 +1,482 @@
+"""The Triton backend of linear_logprobs: chunks, workspaces and launches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deeprec import backends
+from deeprec.ops.gpu import why_not_triton
+from deeprec.ops.linear_logprobs_op import define, empty_gradients, empty_outputs
+from deeprec.ops.logprob_checks import check_range, reads_values
+from deeprec.ops.logprobs_triton import contiguous
+
+__all__ = ["run", "why_not"]
+
+# Gradients of logits that exist at a time: CHUNK columns of the vocabulary for CHUNK_ROWS rows,
+# 32 MB in float32. A hidden gradient is a sum over chunks of columns, so their width is fixed.
+CHUNK = 2048
+CHUNK_ROWS = 4096
+# Operands of a product are loaded 128 bytes of a row at a time: one memory transaction.
+LOAD_BYTES = 128
+# Entries of limited rows, and dimensions, that a program handles at once.
+ENTRIES, DIMENSIONS, PERMITTED = 32, 64, 1024
+MAX_SIZE = 2**31 - 2**16  # vocabulary and width are counted in 32 bits
+
+
+def why_not(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    """None where the kernels can run, else the reason."""
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype == torch.float64:
+            return f"{name} is float64, which only the reference computes"
+    if max(weight.shape) > MAX_SIZE:
+        return f"weight has a side of {max(weight.shape)}, longer than {MAX_SIZE}"
+    return why_not_triton(hidden)
+
+
+@dataclass
+class _Problem:
+    """One call's arguments as the kernels take them."""
+
+    hidden: Tensor
+    weight: Tensor
+    ids: Tensor
+    bias: Tensor | None
+    inverse: float
+    mask: Tensor | None
+    offsets: Tensor | None
+    permitted: Tensor | None
+
+    def __post_init__(self) -> None:
+        self.hidden, self.weight = (
+            x if x.stride(-1) == 1 else x.contiguous() for x in (self.hidden, self.weight)
+        )
+        self.ids, self.bias, self.mask, self.offsets, self.permitted = contiguous(
+            self.ids, self.bias, self.mask, self.offsets, self.permitted
+        )
+
+    @property
+    def rows(self) -> int:
+        return self.hidden.shape[0]
+
+    @property
+    def vocabulary(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def size(self) -> int:
+        return self.weight.shape[1]
+
+    def entry_rows(self) -> Tensor:
+        """The row of every permitted id."""
+        assert self.offsets is not None and self.permitted is not None
+        rows = torch.arange(self.rows, device=self.offsets.device)
+        return rows.repeat_interleave(self.offsets.diff(), output_size=len(self.permitted))
+
+    def entry_logits(self, entry_rows: Tensor) -> Tensor:
+        """float32 ``[nnz]``: the logits of the permitted ids, and no others."""
+        from deeprec.kernels import LAUNCH
+        from deeprec.kernels import linear_logprobs as kernels
+
+        logits = torch.empty(len(entry_rows), dtype=torch.float32, device=entry_rows.device)
+        kernels.sparse_logits[(-(-len(entry_rows) // ENTRIES),)](
+            self.hidden,
+            self.weight,
+            self.bias,
+            self.mask,
+            entry_rows,
+            self.permitted,
+            logits,
+            len(entry_rows),
+            self.rows,
+            self.vocabulary,
+            self.size,
+            self.hidden.stride(0),
+            self.weight.stride(0),
+            BLOCK_E=ENTRIES,
+            BLOCK_H=DIMENSIONS,
+            **LAUNCH,
+        )
+        return logits
+
+    def limited(self) -> bool:
+        """Whether any row may be limited."""
+        return self.permitted is not None and len(self.permitted) > 0
+
+    def dot(self, dtype: torch.dtype) -> dict[str, Any]:
+        """How products of this dtype are computed, for the kernels' constants."""
+        import triton
+        import triton.language as tl
+
+        from deeprec.ops.gpu import interpreting
+
+        nvidia = (
+            not interpreting()
+            and triton.runtime.driver.active.get_current_target().backend == "cuda"
+        )
+        return {
+            "DOT": getattr(tl, str(dtype).removeprefix("torch.")),
+            # Three TF32 products make up a float32 one; AMD multiplies float32 itself.
+            "PRECISION": "tf32x3" if nvidia and dtype == torch.float32 else "ieee",
+        }
+
+    def common_dtype(self, *, backward: bool) -> torch.dtype:
+        """float32 unless both operands are the same 16-bit type.
+
+        Gradients of logits underflow in float16, so the backward pass computes those in float32.
+        """
+        same = self.hidden.dtype == self.weight.dtype
+        if not same or (backward and self.hidden.dtype == torch.float16):
+            return torch.float32
+        return self.hidden.dtype
+
+
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    mask: Tensor | None,
+    offsets: Tensor | None,
+    permitted: Tensor | None,
+    entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    values, entropies, states = outputs = empty_outputs(
+        hidden, weight, ids, bias, temperature, mask, offsets, permitted, entropy
+    )
+    if hidden.shape[0] == 0:
+        return outputs
+    with backends.timed("linear_logprobs", "triton"):
+        if reads_values(hidden):
+            check_range(ids, mask, permitted, weight.shape[0])
+        problem = _Problem(hidden, weight, ids, bias, 1 / temperature, mask, offsets, permitted)
+        _launch_forward(problem, values, entropies if entropy else None, states)
+    return outputs
+
+
+def _launch_forward(p: _Problem, values: Tensor, entropy: Tensor | None, states: Tensor) -> None:
+    import triton
+
+    from deeprec.kernels import LAUNCH
+    from deeprec.kernels import linear_logprobs as kernels
+
+    dtype = p.common_dtype(backward=False)
+    splits = triton.cdiv(p.vocabulary, kernels.SPLIT)
+    partial = values.new_empty((splits, p.rows, 4))
+    kernels.linear_forward[lambda meta: (triton.cdiv(p.rows, meta["BLOCK_T"]), splits)](
+        p.hidden,
+        p.weight,
+        p.bias,
+        p.ids,
+        p.mask,
+        p.offsets,
+        partial,
+        p.rows,
+        p.vocabulary,
+        p.size,
+        p.hidden.stride(0),
+        p.weight.stride(0),
+        p.inverse,
+        SPLIT=kernels.SPLIT,
+        BLOCK_H=LOAD_BYTES // dtype.itemsize,
+        **p.dot(dtype),
+        **LAUNCH,
+    )
+    kernels.linear_merge[(p.rows,)](
+        p.ids,
+        p.mask,
+        p.offsets,
+        partial,
+        values,
+        entropy,
+        states,
+        p.rows,
+        p.vocabulary,
+        splits,
+        p.inverse,
+        SPLITS=triton.next_power_of_2(splits),
+        **LAUNCH,
+    )
+    if p.limited():
+        kernels.sparse_softmax[(p.rows,)](
+            p.entry_logits(p.entry_rows()),
+            p.ids,
+            p.mask,
+            p.offsets,
+            p.permitted,
+            values,
+            entropy,
+            states,
+            p.rows,
+            p.inverse,
+            BLOCK=PERMITTED,
+            **LAUNCH,
+        )
+
+
+def _backward(
+    grad_values: Tensor,
+    grad_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    mask: Tensor | None,
+    offsets: Tensor | None,
+    permitted: Tensor | None,
+    entropy: Tensor,
+    states: Tensor,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = empty_gradients(hidden, weight, bias, wanted)
+    if hidden.shape[0] == 0:
+        return gradients[0], gradients[1].zero_(), gradients[2]
+    with backends.timed("linear_logprobs_backward", "triton"):
+        problem = _Problem(hidden, weight, ids, bias, 1 / temperature, mask, offsets, permitted)
+        grad_values, grad_entropy = contiguous(grad_values, grad_entropy)
+        _Backward(problem, grad_values, grad_entropy, entropy, states).run(gradients, wanted)
+    return gradients
+
+
+class _Backward:
+    """The launches of one backward pass."""
+
+    def __init__(
+        self,
+        problem: _Problem,
+        grad_values: Tensor,
+        grad_entropy: Tensor | None,
+        entropy: Tensor,
+        states: Tensor,
+    ) -> None:
+        self.p = problem
+        self.grad_values = grad_values
+        self.grad_entropy = grad_entropy
+        self.entropy = entropy
+        self.states = states
+        self.dtype = problem.common_dtype(backward=True)
+        self.chunk = min(CHUNK, problem.vocabulary)
+        self.rows = min(CHUNK_ROWS, problem.rows)
+        self.entries: tuple[Tensor, ...] | None = None
+        if problem.limited():
+            self.entries = self._entries()
+
+    def run(self, gradients: tuple[Tensor, Tensor, Tensor], wanted: list[bool]) -> None:
+        p = self.p
+        grad_hidden = gradients[0]
+        if wanted[0] and grad_hidden.dtype != torch.float32:
+            grad_hidden = torch.empty(p.hidden.shape, dtype=torch.float32, device=p.hidden.device)
+        grad_weight, grad_bias = self._weight_outputs(gradients, wanted)
+        work = torch.empty(
+            (self.rows, self.chunk),
+            dtype=torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32,
+            device=p.hidden.device,
+        )
+        # Sums over several blocks of rows are kept in float32 until the last.
+        sums = None
+        if grad_weight is not None and self.rows < p.rows:
+            shape = (self.chunk, p.size + 1)
+            sums = torch.empty(shape, dtype=torch.float32, device=work.device)
+        for column in range(0, p.vocabulary, self.chunk):
+            for row in range(0, p.rows, self.rows):
+                self._grad_logits(work, row, column)
+                if wanted[0]:
+                    self._grad_hidden(work, grad_hidden, row, column)
+                if grad_weight is not None:
+                    self._grad_weight(work, sums, grad_weight, grad_bias, row, column)
+        if wanted[0]:
+            if self.entries is not None:
+                self._sparse_grad_hidden(grad_hidden)
+            if grad_hidden is not gradients[0]:
+                gradients[0].copy_(grad_hidden)
+
+    def _weight_outputs(
+        self, gradients: tuple[Tensor, Tensor, Tensor], wanted: list[bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Where the weight's and the bias's gradients go; None where they are not wanted."""
+        if not wanted[1] and not (wanted[2] and self.p.bias is not None):
+            return None, None
+        # A bias alone is rare: its kernel computes the weight's gradient as well.
+        grad_weight = gradients[1] if wanted[1] else torch.empty_like(self.p.weight)
+        return grad_weight, gradients[2] if wanted[2] and self.p.bias is not None else None
+
+    def _entries(self) -> tuple[Tensor, ...]:
+        """Order by token, first of every token, row and gradient of the permitted ids."""
+        from deeprec.kernels import LAUNCH
+        from deeprec.kernels import linear_logprobs as kernels
+
+        p = self.p
+        assert p.permitted is not None
+        rows = p.entry_rows()
+        logits = p.entry_logits(rows)
+        gradient = torch.empty_like(logits)
+        kernels.sparse_grad_logits[(-(-len(rows) // PERMITTED),)](
+            self.grad_values,
+            self.grad_entropy,
+            logits,
+            p.ids,
+            p.mask,
+            rows,
+            p.permitted,
+            self.entropy,
+            self.states,
+            gradient,
+            len(rows),
+            p.rows,
+            p.inverse,
+            BLOCK=PERMITTED,
+            **LAUNCH,
+        )
+        tokens, order = p.permitted.sort(stable=True)
+        every = torch.arange(p.vocabulary + 1, device=tokens.device)
+        return order, torch.searchsorted(tokens, every), rows, gradient
+
+    def _grad_logits(self, work: Tensor, row: int, column: int) -> None:
+        import triton
+
+        from deeprec.kernels import LAUNCH
+        from deeprec.kernels import linear_logprobs as kernels
+
+        p = self.p
+        kernels.linear_grad_logits[
+            lambda meta: (
+                triton.cdiv(self.rows, meta["BLOCK_T"]),
+                triton.cdiv(self.chunk, meta["BLOCK_V"]),
+            )
+        ](
+            self.grad_values,
+            self.grad_entropy,
+            p.hidden,
+            p.weight,
+            p.bias,
+            p.ids,
+            p.mask,
+            p.offsets,
+            self.entropy,
+            self.states,
+            work,
+            row,
+            column,
+            min(row + self.rows, p.rows),
+            self.chunk,
+            p.vocabulary,
+            p.size,
+            p.hidden.stride(0),
+            p.weight.stride(0),
+            p.inverse,
+            BLOCK_H=LOAD_BYTES // self.dtype.itemsize,
+            **p.dot(self.dtype),
+            **LAUNCH,
+        )
+
+    def _grad_hidden(self, work: Tensor, grad_hidden: Tensor, row: int, column: int) -> None:
+        import triton
+
+        from deeprec.kernels import LAUNCH
+        from deeprec.kernels import linear_logprobs as kernels
+
+        p = self.p
+        kernels.linear_grad_hidden[
+            lambda meta: (
+                triton.cdiv(self.rows, meta["BLOCK_M"]),
+                triton.cdiv(p.size, meta["BLOCK_N"]),
+            )
+        ](
+            work,
+            p.weight,
+            p.mask,
+            p.offsets,
+            grad_hidden,
+            row,
+            column,
+            min(self.rows, p.rows - row),
+            p.rows,
+            self.chunk,
+            p.vocabulary,
+            p.size,
+            p.weight.stride(0),
+            BLOCK_K=LOAD_BYTES // self.dtype.itemsize,
+            **p.dot(self.dtype),
+            **LAUNCH,
+        )
+
+    def _grad_weight(
+        self,
+        work: Tensor,
+        sums: Tensor | None,
+        grad_weight: Tensor,
+        grad_bias: Tensor | None,
+        row: int,
+        column: int,
+    ) -> None:
+        import triton
+
+        from deeprec.kernels import LAUNCH
+        from deeprec.kernels import linear_logprobs as kernels
+
+        p = self.p
+        order, start, rows, gradient = self.entries or (None,) * 4
+        kernels.linear_grad_weight[
+            lambda meta: (
+                triton.cdiv(self.chunk, meta["BLOCK_M"]),
+                triton.cdiv(p.size, meta["BLOCK_N"]),
+            )
+        ](
+            work,
+            p.hidden,
+            p.mask,
+            p.offsets,
+            order,
+            start,
+            rows,
+            p.permitted,
+            gradient,
+            sums,
+            grad_weight,
+            grad_bias,
+            row,
+            column,
+            min(self.rows, p.rows - row),
+            p.rows,
+            self.chunk,
+            p.vocabulary,
+            p.size,
+            p.hidden.stride(0),
+            LAST=row + self.rows >= p.rows,
+            BLOCK_K=LOAD_BYTES // self.dtype.itemsize,
+            **p.dot(self.dtype),
+            **LAUNCH,
+        )
+
+    def _sparse_grad_hidden(self, grad_hidden: Tensor) -> None:
+        import triton
+
+        from deeprec.kernels import LAUNCH
+        from deeprec.kernels import linear_logprobs as kernels
+
+        p = self.p
+        assert self.entries is not None
+        kernels.sparse_grad_hidden[(p.rows, triton.cdiv(p.size, DIMENSIONS))](
+            p.weight,
+            p.mask,
+            p.offsets,
+            p.permitted,
+            self.entries[3],
+            grad_hidden,
+            p.rows,
+            p.vocabulary,
+            p.size,
+            p.weight.stride(0),
+            BLOCK_E=ENTRIES,
+            BLOCK_H=DIMENSIONS,
+            **LAUNCH,
+        )
+
+
+run = define("linear_logprobs_triton", "CompositeExplicitAutograd", _forward, _backward)
+backends.register("linear_logprobs", "triton", run, why_not)

@@ -1,0 +1,222 @@
+"""What the compilers make of every Triton kernel, in every configuration, for every target.
+
+``python tests/kernels/triton_evidence.py --write`` compiles all of them (minutes) and writes
+``docs/gpu_evidence_triton.json`` and the table of ``docs/TRITON.md``; without ``--write`` it only
+compiles, checks, and compares with what is written. No GPU is needed, and nothing is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton_compile import TARGETS, Compiled, compiling_for
+
+from deeprec.ops import linear_logprobs_triton, logprobs_triton, topk_triton
+
+ROOT = Path(__file__).parents[2]
+EVIDENCE = ROOT / "docs" / "gpu_evidence_triton.json"
+TABLE = ROOT / "docs" / "TRITON.md"
+MARK = "<!-- table: tests/kernels/triton_evidence.py --write -->\n"
+# What one block may use, in bytes, and what a multiprocessor has: CUDA programming guide, table of
+# compute capabilities; AMD CDNA 3 ISA guide.
+SHARED_LIMIT = {
+    "sm_80": 163 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "sm_120": 99 << 10,
+    "gfx942": 64 << 10,
+}
+SHARED_TOTAL = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10, "sm_120": 100 << 10}
+MAX_WARPS = {"sm_80": 64, "sm_90": 64, "sm_100": 64, "sm_120": 48}
+REGISTERS = 65536
+TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma|v_smfmac)")
+WIDE_LOAD = re.compile(
+    r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64|global_load_dwordx4|cp\.async"
+)
+# Kernels whose products must be on tensor cores.
+PRODUCTS = {
+    "linear_forward",
+    "linear_grad_logits",
+    "linear_grad_hidden",
+    "linear_grad_weight",
+    "scan",
+}
+
+
+def gather(dtype: torch.dtype) -> None:
+    logits = torch.zeros(4, 4096, dtype=dtype)
+    ids, mask = torch.zeros(4, 1, dtype=torch.long), torch.ones(4, dtype=torch.bool)
+    allowed = (torch.arange(5), torch.arange(4))
+    forward = logprobs_triton._forward(logits, ids, 1.0, mask, *allowed, True)
+    logprobs_triton._backward(*forward[:2], logits, ids, 1.0, mask, *allowed, *forward[1:])
+
+
+def linear(dtype: torch.dtype) -> None:
+    hidden, weight = torch.zeros(16, 256, dtype=dtype), torch.zeros(4096, 256, dtype=dtype)
+    ids, bias, mask = torch.zeros(16).long(), torch.zeros(4096), torch.ones(16, dtype=torch.bool)
+    allowed = (torch.arange(17), torch.arange(16))
+    problem = (hidden, weight, ids, bias, 1.0, mask, *allowed)
+    forward = linear_logprobs_triton._forward(*problem, True)
+    linear_logprobs_triton._backward(*forward[:2], *problem, *forward[1:], [True] * 3)
+
+
+def topk(dtype: torch.dtype, k: int) -> None:
+    queries, items = torch.zeros(64, 128), torch.zeros(1 << 16, 128, dtype=dtype)
+    topk_triton.run(queries, items, None, torch.arange(65), torch.arange(64), k)
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "gather_logprobs bfloat16": lambda: gather(torch.bfloat16),
+    "gather_logprobs float32": lambda: gather(torch.float32),
+    "linear_logprobs bfloat16": lambda: linear(torch.bfloat16),
+    "linear_logprobs float32": lambda: linear(torch.float32),
+    "topk_retrieve bfloat16, k 20": lambda: topk(torch.bfloat16, 20),
+    "topk_retrieve float32, k 1000": lambda: topk(torch.float32, 1000),
+}
+
+
+def resources(compiled: Compiled, target: str) -> dict[str, int]:
+    """Registers a thread, bytes of stack, spilled registers."""
+    asm = compiled.binary.asm
+    if "cubin" not in asm:
+        text = asm["amdgcn"]
+
+        def field(name: str) -> int:
+            return max(int(value) for value in re.findall(rf"\.{name}:\s+(\d+)", text))
+
+        return {
+            "registers": field("vgpr_count"),
+            "stack": field("private_segment_fixed_size"),
+            "spills": field("vgpr_spill_count"),
+        }
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        command = [tool, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", text)}
+    # What ptxas spills goes to the stack: there is no other local memory in a Triton kernel.
+    return {
+        "registers": used["REG"],
+        "stack": used["STACK"],
+        "spills": (used["STACK"] + used["LOCAL"]) // 4,
+    }
+
+
+def row(case: str, target: str, compiled: Compiled) -> dict[str, Any]:
+    asm, metadata = compiled.binary.asm, compiled.binary.metadata
+    text = asm.get("ptx") or asm["amdgcn"]
+    found = resources(compiled, target)
+    threads = metadata.num_warps * TARGETS[target].warp_size
+    products = TENSOR_CORES.search(text)
+    shown = {
+        name: value
+        for name, value in compiled.config.items()
+        if name.startswith(("BLOCK", "K")) or name in ("num_warps", "num_stages", "PRECISION")
+    }
+    result = {
+        "case": case,
+        "kernel": compiled.kernel,
+        "target": target,
+        "config": shown,
+        "threads": threads,
+        **found,
+        "shared": metadata.shared,
+        "tensor_cores": products.group(1) if products else None,
+        "wide_loads": len(WIDE_LOAD.findall(text)),
+    }
+    if target in MAX_WARPS:
+        # Registers are given out 8 a thread at a time; 1 KB of shared memory a block is reserved.
+        by_registers = REGISTERS // (-(-found["registers"] // 8) * 8 * threads)
+        by_shared = SHARED_TOTAL[target] // (metadata.shared + 1024)
+        by_warps = MAX_WARPS[target] * 32 // threads
+        result["blocks_per_multiprocessor"] = min(by_registers, by_shared, by_warps)
+    return result
+
+
+def compile_case(task: tuple[str, str]) -> list[dict[str, Any]]:
+    case, target = task
+    with compiling_for(target) as found:
+        CASES[case]()
+    rows: dict[str, dict[str, Any]] = {}
+    for compiled in found:
+        result = row(case, target, compiled)
+        key = compiled.kernel + json.dumps(result["config"], sort_keys=True)
+        # The same kernel launched twice may differ in what is known of its arguments.
+        if key not in rows or rows[key]["registers"] < result["registers"]:
+            rows[key] = result
+    return list(rows.values())
+
+
+def faults(rows: list[dict[str, Any]]) -> list[str]:
+    """What no kernel may do."""
+    bad = []
+    for r in rows:
+        where = f"{r['case']}: {r['kernel']} {r['config']} on {r['target']}"
+        if r["stack"] or r["spills"]:
+            bad.append(f"{where}: {r['stack']} bytes of stack, {r['spills']} spilled registers")
+        if r["shared"] > SHARED_LIMIT[r["target"]]:
+            bad.append(f"{where}: {r['shared']} bytes of shared memory do not fit")
+        if r["kernel"] in PRODUCTS and not r["tensor_cores"]:
+            bad.append(f"{where}: no tensor core instruction")
+        if r.get("blocks_per_multiprocessor", 1) < 1:
+            bad.append(f"{where}: not one block fits a multiprocessor")
+    return bad
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The worst configuration of every kernel and target."""
+    lines = ["| kernel | target | registers | shared memory, bytes | blocks per multiprocessor |"]
+    lines.append("|---|---|---|---|---|")
+    worst: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for r in rows:
+        worst.setdefault((r["kernel"], r["target"]), []).append(r)
+    for (kernel, target), group in worst.items():
+        registers = max(r["registers"] for r in group)
+        shared = max(r["shared"] for r in group)
+        blocks = min(r.get("blocks_per_multiprocessor", 0) for r in group) or ""
+        lines.append(f"| {kernel} | {target} | {registers} | {shared:,} | {blocks} |")
+    return "\n".join(lines) + "\n"
+
+
+def compile_all(jobs: int) -> list[dict[str, Any]]:
+    tasks = [(case, target) for target in TARGETS for case in CASES]
+    # Fresh processes: torch's threads do not survive a fork.
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        return [r for rows in pool.map(compile_case, tasks, chunksize=1) for r in rows]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="write the evidence")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
+    arguments = parser.parse_args()
+    rows = compile_all(arguments.jobs)
+    evidence = {"triton": triton.__version__, "rows": rows}
+    bad = faults(rows)
+    if arguments.write:
+        EVIDENCE.write_text(json.dumps(evidence, indent=1) + "\n")
+        head, _, _ = TABLE.read_text().partition(MARK)
+        TABLE.write_text(head + MARK + "\n" + table(rows))
+    else:
+        written = json.loads(EVIDENCE.read_text())
+        if written["triton"] == triton.__version__ and written != evidence:
+            bad.append(f"{EVIDENCE.name} is not what compiles now: run this with --write")
+    print("\n".join(bad) or f"{len(rows)} kernels compiled, nothing wrong")
+    return bool(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
