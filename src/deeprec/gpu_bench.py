@@ -230,7 +230,7 @@ def _linear(backward: bool, rows: int = 2048, width: int = 576, vocabulary: int 
     def check(backend: str) -> str | None:
         hidden, weight, ids = problem(67, 130, 1003)
         doubles = [x.detach().double().requires_grad_(backward) for x in (hidden, weight)]
-        exact = torchs_exact(*doubles, ids)
+        exact = torchs_exact(doubles[0], doubles[1], ids)
         values = [
             linear_logprobs(hidden, weight, ids, backend=backend),
             torchs(hidden, weight, ids),

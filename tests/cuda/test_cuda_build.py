@@ -1,11 +1,7 @@
-"""The compiled CUDA kernels: importable without a driver, no spills, as docs/gpu_evidence says."""
+"""The compiled CUDA kernels: importable without a driver, and clear about what is missing."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
-import evidence
 import pytest
 import torch
 
@@ -67,22 +63,3 @@ def test_older_devices_than_the_cuda_build_are_named(
     why = cuda.Runtime().why_not(torch.device("cuda"))
     assert (why is None) == (reason is None)
     assert reason is None or reason in str(why)
-
-
-def test_cuda_evidence_is_of_these_sources() -> None:
-    stored = json.loads(evidence.RESULT.read_text())
-    assert stored["sources"] == evidence.sources_digest(), (
-        "csrc/cuda has changed: build, then run python tests/cuda/evidence.py"
-    )
-    assert evidence.problems(stored["kernels"]) == []
-    assert stored["rooflines"] == evidence.rooflines()
-    assert evidence.RESULT.with_suffix(".md").read_text() == evidence.markdown(stored)
-
-
-@needs_build
-def test_cuda_evidence_is_what_this_build_holds() -> None:
-    """Gates hold for the machine code at hand; its registers are compared when nvcc is the same."""
-    built = evidence.read_kernels([Path(_C.__file__)])
-    stored = json.loads(evidence.RESULT.read_text())["kernels"]
-    assert evidence.problems(built) == []
-    assert set(built) == set(stored)
