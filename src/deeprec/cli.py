@@ -103,7 +103,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from deeprec.pipeline.config import RunConfig
     from deeprec.pipeline.folder import RunFolder
     from deeprec.pipeline.run import Run, RunFolderError
-    from deeprec.rl import CheckpointError, TrainingDiverged, TrainingInterrupted
+    from deeprec.rl import (
+        CheckpointError,
+        ProcessFailedError,
+        TrainingDiverged,
+        TrainingInterrupted,
+    )
+    from deeprec.rollout import EngineError
 
     transformers_logging.disable_progress_bar()
     options = parsed[command].clone()
@@ -128,7 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\nInterrupted. {stop}{again}", file=sys.stderr)
         return 130
     except (
-        DataError, RunFolderError, CheckpointError, TrainingDiverged, ImportError, OSError
+        DataError, RunFolderError, CheckpointError, EngineError, ProcessFailedError,
+        TrainingDiverged, ImportError, OSError,
     ) as error:  # fmt: skip
         print(f"deeprec {command}: {error}", file=sys.stderr)
         return 1
