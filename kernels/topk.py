@@ -234,7 +234,7 @@ def exact_keys(
     BLOCK: tl.constexpr,
 ):
     """Exact keys of the items ``first … first + BLOCK``; the lowest for those that do not count."""
-    index = first + tl.arange(0, BLOCK)
+    index = first + tl.arange(0, BLOCK).to(tl.int64)
     inside = (index < count) & present
     lane = tl.arange(0, 8)
     acc = tl.zeros((BLOCK, 8), tl.float64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
@@ -58,7 +59,23 @@ def _parsers() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
     bench.add_argument("--device", type=str, default="cuda", help="the GPU, such as cuda:0")
     bench.add_argument("--check_only", action="store_true", help="time nothing")
     commands.add_subcommand("bench", bench, help="check and time the kernels on a GPU")
+    compare = ArgumentParser(
+        description="deeprec compare: NDCG@10 of finished runs side by side, as Markdown."
+    )
+    compare.add_argument("folders", nargs="+", type=Path, help="run folders")
+    commands.add_subcommand("compare", compare, help="finished runs side by side")
     return parser, by_name
+
+
+def _compare(folders: Sequence[Path]) -> int:
+    from deeprec.pipeline.compare import comparison_tables
+
+    try:
+        print(comparison_tables(folders))
+    except FileNotFoundError as error:
+        print(f"deeprec compare: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _info() -> None:
@@ -99,6 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if command == "bench":
         return _bench(parsed.bench.device, parsed.bench.check_only)
+    if command == "compare":
+        return _compare(parsed.compare.folders)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     from transformers.utils import logging as transformers_logging
 
@@ -106,7 +125,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from deeprec.pipeline.config import RunConfig
     from deeprec.pipeline.folder import RunFolder
     from deeprec.pipeline.run import Run, RunFolderError
-    from deeprec.rl import CheckpointError, TrainingDiverged, TrainingInterrupted
+    from deeprec.rl import (
+        CheckpointError,
+        ProcessFailedError,
+        TrainingDiverged,
+        TrainingInterrupted,
+    )
+    from deeprec.rollout import EngineError
 
     transformers_logging.disable_progress_bar()
     options = parsed[command].clone()
@@ -131,7 +156,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\nInterrupted. {stop}{again}", file=sys.stderr)
         return 130
     except (
-        DataError, RunFolderError, CheckpointError, TrainingDiverged, ImportError, OSError
+        DataError, RunFolderError, CheckpointError, EngineError, ProcessFailedError,
+        TrainingDiverged, ImportError, OSError,
     ) as error:  # fmt: skip
         print(f"deeprec {command}: {error}", file=sys.stderr)
         return 1

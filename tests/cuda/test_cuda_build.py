@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+
+import evidence
 import pytest
 import torch
 
@@ -63,3 +66,11 @@ def test_older_devices_than_the_cuda_build_are_named(
     why = cuda.Runtime().why_not(torch.device("cuda"))
     assert (why is None) == (reason is None)
     assert reason is None or reason in str(why)
+
+
+def test_cuda_evidence_files_agree() -> None:
+    stored = json.loads(evidence.RESULT.read_text())
+    assert stored["rooflines"] == evidence.rooflines()
+    assert evidence.RESULT.with_suffix(".md").read_text() == evidence.markdown(stored)
+    for by_architecture in stored["kernels"].values():
+        assert set(by_architecture) == set(evidence.ARCHITECTURES)

@@ -25,7 +25,7 @@ from deeprec.trm.training import similar_items, validation_ndcg
 CONFIG = TRMTrainConfig(
     hidden=16, inner=32, n_layers=1, n_experts=2, max_length=5, batch_size=32, max_epochs=6,
     patience=6, learning_rate=1e-2, dropout=0.1, dtype="fp32",
-    mix=PreferenceMix(target=0.5, history=0.1, wrong=0.0, noise=0.0),
+    mix=PreferenceMix(target=0.5, history=0.1, wrong=0.0, noise=0.0), lookahead=0.0, average=0.5,
 )  # fmt: skip
 
 
@@ -172,3 +172,23 @@ def test_bad_configuration_names_the_field(bad: dict) -> None:
     (name,) = bad
     with pytest.raises(ValueError, match=name):
         TRMTrainConfig(**bad)
+
+
+def test_later_targets_stay_with_the_user(dataset: Dataset) -> None:
+    examples = Examples(dataset, held_out=2, max_length=5, lookahead=0.5)
+    rows, targets = [], []
+    for batch in examples.epoch(64, np.random.default_rng(0)):
+        rows.append(batch.rows)
+        targets.append(batch.targets)
+        assert (batch.history == examples.batch(batch.rows).history).all()
+    row, target = np.concatenate(rows), np.concatenate(targets)
+    assert np.array_equal(np.sort(row), examples.rows)
+    last = dataset.offsets[np.searchsorted(dataset.offsets, row, side="right")] - 3
+    skipped = []
+    for first, end, item in zip(row, last, target, strict=True):
+        window = dataset.items[first : end + 1].tolist()
+        assert item in window  # never a held-out item, never another user's
+        skipped.append(window.index(item))
+    room = last - row
+    assert np.mean(np.array(skipped)[room > 3] == 0) == pytest.approx(0.5, abs=0.1)
+    assert max(skipped) > 1

@@ -85,7 +85,7 @@ def linear_logprobs(
         allowed: permitted ids of every row (leading dimensions flattened). The softmax runs over
             them alone, and no other row of ``weight`` is read for that row.
         entropy: also return every row's entropy in nats, differentiable too.
-        backend: "cpu", "reference" or None for the first that can run.
+        backend: "cuda", "triton", "cpu", "reference" or None for the first that can run.
 
     Returns:
         Log-probs ``[...]``, or (log-probs, entropy), both ``[...]``.

@@ -47,7 +47,7 @@ def gather_logprobs(
         allowed: permitted ids of every row (leading dimensions flattened); the softmax runs over
             them alone, as in constrained decoding.
         entropy: also return every row's entropy in nats, differentiable too.
-        backend: "cpu", "reference" or None for the first that can run.
+        backend: "cuda", "triton", "cpu", "reference" or None for the first that can run.
 
     Returns:
         Log-probs of the shape of ``token_ids``, or (log-probs, entropy ``[...]``).

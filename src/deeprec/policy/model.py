@@ -26,9 +26,9 @@ class TitlePolicyConfig:
         max_positions: longest conversation in tokens.
     """
 
-    hidden_size: int = 256
-    layers: int = 4
-    heads: int = 4
+    hidden_size: int = 128
+    layers: int = 3
+    heads: int = 2
     kv_heads: int = 2
     max_positions: int = 1024
 

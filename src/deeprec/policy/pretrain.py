@@ -48,7 +48,7 @@ class PretrainConfig:
     """
 
     epochs: int = 4
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     batch_size: int = 64
     window: int = 21
     embedding_dropout: float = 0.3

@@ -61,7 +61,7 @@ class WarmStartConfig:
     """
 
     conversations: int = 8000
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     tokens_per_batch: int = 2048
     max_turns: int = 3
     titles: int = 3

@@ -77,11 +77,12 @@ class RLConfig:
     An iteration samples ``prompts_per_step`` x ``samples_per_prompt`` trajectories and updates
     the policy once per ``train_batch`` of them (None: one update for all), ``epochs`` times over.
     ``tokens_per_batch`` bounds the padded tokens of one forward pass; gradients accumulate over
-    as many as an update needs. ``credit="list_item"`` gives every listed title its own return
-    (:mod:`deeprec.rl.credit`). ``precision="bf16"`` runs the forward under autocast. ``fsdp``
-    spreads weights, gradients and optimizer state over the processes (FSDP2) in place of a replica
-    in each. ``name`` says which lines of a shared ``metrics.jsonl`` and which checkpoints are this
-    training's.
+    as many as an update needs. ``credit="list_item"`` gives every turn and listed title its own
+    return (:mod:`deeprec.rl.credit`), in which the gains of later titles count ``list_discount``
+    times as much from one to the next. ``precision="bf16"`` runs the forward under autocast.
+    ``fsdp`` spreads weights, gradients and optimizer state over the processes (FSDP2) in place of
+    a replica in each. ``name`` says which lines of a shared ``metrics.jsonl`` and which
+    checkpoints are this training's.
     """
 
     steps: int = 20
@@ -91,6 +92,7 @@ class RLConfig:
     epochs: int = 1
     advantage: str = "reinforce++_baseline"
     credit: Literal["sequence", "list_item"] = "sequence"
+    list_discount: float = 1.0
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     tokens_per_batch: int = 16_384
@@ -107,6 +109,9 @@ class RLConfig:
         for name in ("steps", "prompts_per_step", "epochs", "tokens_per_batch"):
             value = getattr(self, name)
             _require(value >= 1, name, "a number >= 1", value)
+        _require(
+            0 <= self.list_discount <= 1, "list_discount", "a number in [0, 1]", self.list_discount
+        )
         for name in ("checkpoint_every", "keep_checkpoints"):
             value = getattr(self, name)
             _require(value >= 1, name, "a number >= 1", value)

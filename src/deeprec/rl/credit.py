@@ -1,17 +1,23 @@
 """Which reward each token of a trajectory answers for.
 
 A trajectory is cut into segments. ``"sequence"`` credit has one: every policy token gets the
-total reward. ``"list_item"`` credit has one for everything before the list (reasoning and
-preferences: the total reward) and one for each listed title, which answers only for what it can
-still change:
+total reward. ``"list_item"`` credit has one for each turn, one for the text between the last
+answer and the list, and one for each listed title. Each answers only for what it can still change:
 
-- the return-to-go of the list, i.e. the gains of the titles from its own position on, minus the
-  mean return-to-go of the prompt's other lists at that position *that were still open*. A list is
-  settled once the target is listed, or when the target was never retrieved: nothing listed then
-  can earn anything, so its tokens get no signal instead of the noise of a baseline;
-- the format penalty, which a list can still cause. Tool calls and diversity were earned before.
+- a turn, for the gains of the listed items that it or a later turn found. It is settled once the
+  target had been found before: asking again could not earn it any more;
+- a listed title, for its own gain and, discounted, those after it. A list is settled once the
+  target is listed, or when the target was never retrieved: nothing listed then can earn anything;
+- everything before the list, for the rewards that are not paid for listed items;
+- a listed title, for the format penalty, which a list can still cause.
 
-With one reward for all, a hit at the first place credits the other nine titles as much.
+What is paid for listed items is compared with the prompt's other trajectories at the same place
+*that were still open*, and settled ones get no signal instead of the noise of a baseline. With one
+reward for all, a hit at the first place credits the other nine titles as much.
+
+With one relevant item a list is best in the order of the probability that each is it, whatever
+comes after: at discount 0 every place is its own decision, with the same optimum as at 1 and far
+less noise.
 """
 
 from __future__ import annotations
@@ -69,31 +75,38 @@ def list_item_credit(
     trajectories: Sequence[Trajectory],
     gains: Sequence[Sequence[float]],
     groups: NDArray[np.int64],
+    discount: float = 1.0,
 ) -> Credit:
-    """Every listed title answers for the gains from its position on; see the module's text.
+    """Turns and listed titles answer for the gains they led to; see the module's text.
 
     ``gains[i]`` are the outcome rewards of trajectory i's listed titles in order, ``groups``
-    [n] says which trajectories share a prompt.
+    [n] says which trajectories share a prompt. Segments are the turns, the text before the list,
+    and the titles; ``discount`` is what a title answers of the gain of the next.
     """
-    width = 1 + max((len(trajectory.list_positions) for trajectory in trajectories), default=0)
-    segments = [_segments(trajectory) for trajectory in trajectories]
-    tokens = _count(segments, width)
+    turns = max((len(trajectory.turns) for trajectory in trajectories), default=0)
+    width = turns + 1 + max((len(t.list_positions) for t in trajectories), default=0)
+    segments = [_segments(trajectory, turns) for trajectory in trajectories]
     outcome = np.zeros((len(trajectories), width))
     is_open = np.zeros((len(trajectories), width), dtype=np.int64)
+    rest = np.zeros((len(trajectories), width))
     for row, (trajectory, gain) in enumerate(zip(trajectories, gains, strict=True)):
         if len(gain) != len(trajectory.list_positions):
             raise ValueError(
                 f"gains[{row}]: expected one per listed title, {len(trajectory.list_positions)}, "
                 f"got {len(gain)}"
             )
-        to_go = np.cumsum(np.asarray(gain, dtype=np.float64)[::-1])[::-1]
-        outcome[row, 1 : 1 + len(gain)] = to_go
-        is_open[row, 1 : 1 + len(gain)] = _open_positions(trajectory, to_go)
+        rewards, paid = _rewards(trajectory), float(sum(gain))
+        asked, listed = slice(0, len(trajectory.turns)), slice(turns + 1, turns + 1 + len(gain))
+        outcome[row, asked] = _gains_of_turns(trajectory, gain)
+        outcome[row, listed] = _discounted(gain, discount)
+        if rewards.format == 0:  # a broken format earns nothing, whatever is found and listed
+            is_open[row, asked] = _open_turns(trajectory, outcome[row, asked])
+            is_open[row, listed] = _open_places(trajectory, _discounted(gain, 1.0))
+        rest[row, :turns] = rewards.total - paid
+        rest[row, turns] = rewards.total
+        rest[row, turns + 1 :] = rewards.format
     baselined = center(outcome, groups, is_open)
-    rewards = [_rewards(trajectory) for trajectory in trajectories]
-    returns = baselined + np.array([[reward.format] for reward in rewards])
-    returns[:, 0] = [reward.total for reward in rewards]
-    return Credit(returns, tokens, segments)
+    return Credit(baselined + rest, _count(segments, width), segments)
 
 
 def _rewards(trajectory: Trajectory) -> Rewards:
@@ -105,19 +118,50 @@ def _rewards(trajectory: Trajectory) -> Rewards:
     return trajectory.rewards
 
 
-def _segments(trajectory: Trajectory) -> NDArray[np.int64]:
-    """0 before the list, k for the tokens from the k-th title up to the next one."""
-    segments = np.zeros(len(trajectory.response_ids), dtype=np.int64)
+def _segments(trajectory: Trajectory, turns: int) -> NDArray[np.int64]:
+    """The turn of each token, ``turns`` from the last answer on, + k from the k-th title on."""
+    sampled = np.asarray(trajectory.policy_mask, dtype=np.int64)
+    answered = np.cumsum(np.diff(sampled, prepend=1) == -1)  # an answer begins
+    segments = np.where(answered < len(trajectory.turns), answered, turns)
     for position in trajectory.list_positions:
         segments[position:] += 1
     segments[~choice_mask(trajectory)] = -1
     return segments
 
 
-def _open_positions(trajectory: Trajectory, to_go: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Whether each position of the list could still earn something when it was written."""
-    if _rewards(trajectory).format < 0:
-        return np.zeros(len(to_go), dtype=bool)  # a broken format earns nothing, whatever is listed
+def _discounted(gain: Sequence[float], discount: float) -> NDArray[np.float64]:
+    """Each gain and those after it, every one ``discount`` times its neighbour's weight."""
+    to_go = np.asarray(gain, dtype=np.float64).copy()
+    for place in range(len(to_go) - 2, -1, -1):
+        to_go[place] += discount * to_go[place + 1]
+    return to_go
+
+
+def _gains_of_turns(trajectory: Trajectory, gain: Sequence[float]) -> NDArray[np.float64]:
+    """By turn, the gains of the listed items that it or a later turn found first."""
+    found_in = {
+        item: number
+        for number in range(len(trajectory.turns) - 1, -1, -1)
+        for item in trajectory.turns[number].retrieved
+    }
+    by_turn = np.zeros(len(trajectory.turns))
+    for item, value in zip(trajectory.ranked, gain, strict=True):
+        by_turn[: found_in.get(item, len(by_turn)) + 1] += value
+    return by_turn
+
+
+def _open_turns(trajectory: Trajectory, to_go: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Whether each turn could still earn something when its preference was written."""
+    before: set[int] = set()
+    unfound = []
+    for turn in trajectory.turns:
+        unfound.append(trajectory.target not in before)
+        before.update(turn.retrieved)
+    return (to_go != 0.0) | np.array(unfound, dtype=bool)
+
+
+def _open_places(trajectory: Trajectory, to_go: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Whether each place of the list could still earn something when it was filled."""
     retrieved = {item for turn in trajectory.turns for item in turn.retrieved}
     reachable = trajectory.target in retrieved or trajectory.target in trajectory.ranked
     listed = np.array(

@@ -200,7 +200,7 @@ class Trainer:
         """Trajectories with the advantage of each of their tokens."""
         if self.config.credit == "list_item":
             gains = [self.reward_model.list_item_rewards(t) for t in trajectories]
-            credit = list_item_credit(trajectories, gains, groups)
+            credit = list_item_credit(trajectories, gains, groups, self.config.list_discount)
         else:
             credit = sequence_credit(trajectories)
         advantages = self._advantages(credit, groups)

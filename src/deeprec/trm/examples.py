@@ -28,7 +28,10 @@ class WrittenPreference(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """``rows`` of ``dataset.items`` are the targets; history is padded with 0 on the right."""
+    """``rows`` of ``dataset.items`` come next; history is padded with 0 on the right.
+
+    The targets are those items, or some that soon follow them.
+    """
 
     rows: Int64Array
     history: Int64Array
@@ -37,13 +40,25 @@ class Batch(NamedTuple):
 
 
 class Examples:
-    """The last ``per_user`` examples of each user, without the last ``held_out`` items."""
+    """The last ``per_user`` examples of each user, without the last ``held_out`` items.
+
+    An epoch takes the item after the target in its place with probability ``lookahead``, the one
+    after that with its square, and so on. Items of one evening have no order that matters, and a
+    history says nearly as much about the next three as about the next one (the dense all-action
+    loss of PinnerFormer, Pancha et al., arXiv 2205.04507).
+    """
 
     def __init__(
-        self, dataset: Dataset, held_out: int, max_length: int, per_user: int | None = None
+        self,
+        dataset: Dataset,
+        held_out: int,
+        max_length: int,
+        per_user: int | None = None,
+        lookahead: float = 0.0,
     ) -> None:
         self._items = dataset.items
         self._max_length = max_length
+        self._lookahead = lookahead
         starts = np.repeat(dataset.offsets[:-1], np.diff(dataset.offsets))
         ends = np.repeat(dataset.offsets[1:], np.diff(dataset.offsets)) - held_out
         rows = np.arange(len(dataset.items))
@@ -52,6 +67,7 @@ class Examples:
         if per_user is not None:
             used &= rows >= ends - per_user
         self.rows = rows[used]
+        self._last = ends - 1
         if not len(self.rows):
             raise ValueError(
                 f"no training examples: no user has more than {held_out + 1} interactions, and "
@@ -78,7 +94,12 @@ class Examples:
             by_length = chunk[np.argsort(self.position[chunk].clip(max=self._max_length))]
             batches = np.split(by_length, range(size, len(chunk), size))
             for which in rng.permutation(len(batches)):
-                yield self.batch(batches[which])
+                batch = self.batch(batches[which])
+                if self._lookahead:
+                    skipped = rng.geometric(1.0 - self._lookahead, len(batch.rows)) - 1
+                    later = np.minimum(batch.rows + skipped, self._last[batch.rows])
+                    batch = batch._replace(targets=self._items[later])
+                yield batch
 
 
 class WrittenPreferences:

@@ -20,13 +20,16 @@ RECENT_ITEMS = 5  # a preference sums up the end of a history
 
 @dataclass
 class PreferenceMix:
-    """What preferences are made of. Shares of the examples; the rest has no preference."""
+    """What preferences are made of: shares of the examples, the rest has none.
 
-    target: float = 0.12
+    Beside its preference every example is learnt without one as well.
+    """
+
+    target: float = 0.2
     """About the target's categories and year, and titles like it."""
-    history: float = 0.33
+    history: float = 0.55
     """About the user's last items."""
-    wrong: float = 0.15
+    wrong: float = 0.25
     """About the target of somebody else."""
     noise: float = 0.3
     """Share of the phrases about a target that are about the history instead."""

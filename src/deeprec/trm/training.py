@@ -1,25 +1,31 @@
 """Training of the preference-aware TRM.
 
-The paper leaves it open. Here: one example a position of a user's sequence, most of them with a
-preference made up by :mod:`deeprec.trm.preferences`, cross entropy over the whole catalogue on
-the scaled cosine, and early stopping on validation NDCG@10 without a preference.
+The paper leaves it open. Here: one example a position of a user's sequence, whose target is one
+of the next items, learnt both without a preference and with one, made up by
+:mod:`deeprec.trm.preferences` or written by a policy; cross entropy over the whole catalogue on
+the scaled cosine; a moving average of the parameters, and early stopping on its validation
+NDCG@10 without a preference.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import partial
+from typing import Literal, cast
 
 import numpy as np
 import torch
+from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
 
 from deeprec.data import Dataset, Requests
 from deeprec.ops import ItemIndex, SeenItems, linear_logprobs
@@ -57,17 +63,24 @@ class TRMTrainConfig:
     """Histories are cut to their last items, so many."""
     examples_per_user: int | None = None
     """Only the last so many positions of each user are trained on; None is all of them."""
+    lookahead: float = 0.4
+    """Probability that an example's target is a later item, see
+    :class:`~deeprec.trm.examples.Examples`."""
     dropout: float = 0.3
     adaptor_dropout: float = 0.2
     mix: PreferenceMix = field(default_factory=PreferenceMix)
     written_share: float = 0.5
     """Share of the examples with a policy-written preference that get it."""
+    preference_weight: float = 0.5
+    """Of the loss with a preference; every example is also learnt without one."""
+    average: float = 0.99
+    """Decay a step of the moving average of the parameters, which is what is evaluated and kept."""
     temperature: float = 0.07
     """Divides the cosine before the softmax."""
     learning_rate: float = 2e-3
     weight_decay: float = 0.0
     batch_size: int = 512
-    max_epochs: int = 8
+    max_epochs: int = 10
     patience: int = 2
     """Training stops after so many epochs without a better validation NDCG@10."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
@@ -83,6 +96,9 @@ class TRMTrainConfig:
         for name in ("batch_size", "max_epochs", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("lookahead", "preference_weight", "average"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         for name in ("temperature", "learning_rate"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -131,7 +147,11 @@ def train_trm(
     rng = np.random.default_rng(config.seed)
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     examples = Examples(
-        dataset, HELD_OUT[config.holdout], config.max_length, config.examples_per_user
+        dataset,
+        HELD_OUT[config.holdout],
+        config.max_length,
+        config.examples_per_user,
+        config.lookahead,
     )
     validation = dataset.requests("valid", max_history=config.max_length)
     item_texts = encoder.encode(dataset.catalog.encoder_texts())
@@ -142,29 +162,39 @@ def train_trm(
     optimizer = torch.optim.AdamW(
         parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
-    steps = config.max_epochs * -(-len(examples) // config.batch_size)
+    batches = math.ceil(len(examples) / config.batch_size)
+    steps = config.max_epochs * batches
     schedule = LambdaLR(optimizer, lambda step: _rate(step, steps))
+    averaged = AveragedModel(model, avg_fn=partial(_average, config.average))
+    evaluated = cast(PreferenceAwareTRM, averaged.module)
     log: list[Epoch] = []
     best = copy.deepcopy(model.state_dict())
     began = time.perf_counter()
-    for _ in range(config.max_epochs):
+    for number in range(config.max_epochs):
         model.train()
         losses = []
-        for batch in examples.epoch(config.batch_size, rng):
+        for batch in track(
+            examples.epoch(config.batch_size, rng),
+            f"Recommender ({config.holdout}), epoch {number + 1} of at most {config.max_epochs}",
+            total=batches,
+        ):
             with _matmul_precision(config.dtype, device):
-                loss = _loss(model, batch, preferences.draw(batch, rng), config.temperature)
+                drawn = preferences.draw(batch, rng)
+                loss = _loss(model, batch, drawn, config)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_CLIP)
             optimizer.step()
             schedule.step()
+            averaged.update_parameters(model)
             losses.append(loss.detach())
-        ndcg = validation_ndcg(model.eval(), validation)
+        evaluated.train()  # drops the index of the last evaluation
+        ndcg = validation_ndcg(evaluated.eval(), validation)
         log.append(Epoch(float(torch.stack(losses).mean()), ndcg, time.perf_counter() - began))
         logger.info("TRM (%s) epoch %d: %s", config.holdout, len(log), log[-1])
         best_epoch = max(range(len(log)), key=lambda epoch: log[epoch].ndcg)
         if best_epoch == len(log) - 1:
-            best = copy.deepcopy(model.state_dict())
+            best = copy.deepcopy(evaluated.state_dict())
         elif len(log) - 1 - best_epoch >= config.patience:
             break
     model.load_state_dict(best)
@@ -248,28 +278,48 @@ def _new_model(dataset: Dataset, item_texts: Tensor, config: TRMTrainConfig) -> 
 
 
 def _loss(
-    model: PreferenceAwareTRM, batch: Batch, preference: Tensor, temperature: float
+    model: PreferenceAwareTRM,
+    batch: Batch,
+    preference: Tensor,
+    config: TRMTrainConfig,
 ) -> Tensor:
-    """Mean cross entropy of the targets over the catalogue, without the padding row."""
+    """Mean cross entropy of the targets over the catalogue, without the padding row.
+
+    Every example is learnt without a preference as well as with one: the history is encoded once
+    for both.
+    """
     table = model.item_embedding.weight
     history, lengths, targets = (
         torch.from_numpy(array).to(table.device)
         for array in (batch.history, batch.lengths, batch.targets)
     )
-    users = model.user_vectors(history, lengths, preference.to(table.device))
+    states = model.history_states(history, lengths)
+    users = torch.cat(
+        [
+            model.with_preference(states, None),
+            model.with_preference(states, preference.to(table.device)),
+        ]
+    )
     logprobs = linear_logprobs(
         F.normalize(users.float(), dim=-1),
         F.normalize(table[1:], dim=-1),
-        targets - 1,
-        temperature=temperature,
+        targets.repeat(2) - 1,
+        temperature=config.temperature,
     )
     assert isinstance(logprobs, Tensor)  # entropy was not asked for
-    return -logprobs.mean()
+    without, told = logprobs.view(2, -1).mean(dim=1)
+    return -torch.lerp(without, told, config.preference_weight)
+
+
+def _average(decay: float, average: Tensor, current: Tensor, steps: Tensor) -> Tensor:
+    """An exponential moving average that in the first steps forgets faster than ``decay``."""
+    return torch.lerp(current, average, min(decay, (1 + int(steps)) / (10 + int(steps))))
 
 
 def _rate(step: int, steps: int) -> float:
     """Learning rate of a step as a share of the highest: warm-up, then linear decay."""
-    return min((step + 1) / WARMUP_STEPS, 1.0) * (1.0 - (1.0 - LAST_RATE) * step / steps)
+    progress = min(step / steps, 1.0)
+    return min((step + 1) / WARMUP_STEPS, 1.0) * (1.0 - (1.0 - LAST_RATE) * progress)
 
 
 @contextmanager
