@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TARGET_SLOT, World
+from rl_world import TARGET_SLOT, World
 
 from deeprec.data import Requests
 from deeprec.eval import UserMetrics, evaluate_trajectories, evaluate_trm
@@ -37,14 +37,17 @@ pytestmark = pytest.mark.slow
 WORD = "War"
 
 
+def first_title_earns(made: Trajectory, deserved: bool) -> list[float]:
+    return [float(deserved and place == 0) for place in range(len(made.ranked))]
+
+
 def names_the_word(made: Trajectory) -> list[float]:
-    asked = bool(made.turns) and WORD in made.turns[0].preference
-    return [float(asked), *[0.0] * (len(made.ranked) - 1)]
+    return first_title_earns(made, bool(made.turns) and WORD in made.turns[0].preference)
 
 
 def lists_the_slot_first(made: Trajectory) -> list[float]:
-    first = bool(made.turns) and made.ranked[0] == made.turns[0].retrieved[TARGET_SLOT]
-    return [float(first), *[0.0] * (len(made.ranked) - 1)]
+    slot = made.turns[0].retrieved[TARGET_SLOT] if made.turns else 0
+    return first_title_earns(made, made.ranked[:1] == [slot])
 
 
 def learnt(world: World, rewards: object, config: RLConfig) -> tuple[float, float]:

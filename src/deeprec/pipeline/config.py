@@ -10,7 +10,7 @@ from deeprec.data import DataConfig
 from deeprec.policy.model import TitlePolicyConfig
 from deeprec.policy.pretrain import PretrainConfig
 from deeprec.policy.warmstart import WarmStartConfig
-from deeprec.rewards.config import ListwiseReward
+from deeprec.rewards.config import ListwiseReward, TitleMatch
 from deeprec.rl.config import RLConfig, StageConfig
 from deeprec.rollout.environment import EnvironmentOptions
 from deeprec.rollout.types import SamplingConfig
@@ -64,6 +64,8 @@ class RewardSection:
 
     listwise: ListwiseReward = "ndcg"
     pointwise_scale: float = 1.0
+    match: TitleMatch = "exact"
+    distinct: bool = True
 
 
 @dataclass
@@ -97,8 +99,8 @@ def _stages() -> list[StageConfig]:
         "credit": "list_item",
     }
     return [
-        StageConfig("stage1", reward="cold", steps=12, lr=1e-4, **shared),
-        StageConfig("stage2", reward="rec", steps=30, lr=5e-5, **shared),
+        StageConfig("stage1", reward="cold", steps=10, lr=2e-4, **shared),
+        StageConfig("stage2", reward="rec", steps=30, lr=1e-4, **shared),
     ]
 
 
@@ -131,7 +133,9 @@ class RunConfig:
         default_factory=lambda: SamplingConfig(max_turn_tokens=64, max_tokens=400)
     )
     rewards: RewardSection = field(default_factory=RewardSection)
-    rl: RLConfig = field(default_factory=lambda: RLConfig(train_batch=128, precision="bf16"))
+    rl: RLConfig = field(
+        default_factory=lambda: RLConfig(train_batch=128, precision="bf16", list_discount=0.0)
+    )
     max_rank: int = 100
     stages: list[StageConfig] = field(default_factory=_stages)
     eval: EvalConfig = field(default_factory=EvalConfig)

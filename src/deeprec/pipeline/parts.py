@@ -128,13 +128,10 @@ class Parts:
 
     def reward_model(self, stage: Literal["cold", "rec"]) -> RewardModel:
         """The rewards of a stage; similarity to the target as the training recommender sees it."""
-        section = self.config.rewards
         catalog = self.dataset.catalog
         texts = self.encoder.encode(catalog.encoder_texts())
         return RewardModel(
-            RewardConfig.default(
-                stage, listwise=section.listwise, pointwise_scale=section.pointwise_scale
-            ),
+            RewardConfig.default(stage, **vars(self.config.rewards)),
             titles=catalog.titles,
             text_vectors=torch.cat([torch.zeros(1, texts.shape[1]), texts]),
             item_vectors=self.trm("rl").item_embedding.weight.detach(),
