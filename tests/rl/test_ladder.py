@@ -155,7 +155,7 @@ def stage(name: str, reward: str, steps: int, lr: float) -> StageConfig:
 
 
 def test_stage_1_from_a_rough_start(study: Study) -> None:
-    parts = study.parts("rough", stage("stage1", "cold", 30, 3e-4), conversations=1500)
+    parts = study.parts("rough", stage("stage1", "cold", 30, 2e-4), conversations=3000)
     before, after = study.train(parts)
     figures = [
         {
