@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,7 +16,21 @@ __all__ = ["trained_embeddings"]
 
 
 def trained_embeddings(users: int, epochs: int = 3) -> tuple[Tensor, Tensor]:
-    """Normalised items ``[N, 128]`` and user vectors ``[users, 128]``, as retrieval sees them."""
+    """Normalised items ``[N, 128]`` and user vectors ``[users, 128]``, as retrieval sees them.
+
+    Trained once, then read from ``bench/results``.
+    """
+    kept = Path(__file__).parent / "results" / f"trained_{users}_{epochs}.pt"
+    if kept.exists():
+        items, vectors = torch.load(kept)
+        return items, vectors
+    found = _train(users, epochs)
+    kept.parent.mkdir(exist_ok=True)
+    torch.save(found, kept)
+    return found
+
+
+def _train(users: int, epochs: int) -> tuple[Tensor, Tensor]:
     dataset = load_dataset(DataConfig())
     model = train_trm(
         dataset,

@@ -1,4 +1,5 @@
-// The only file that includes pybind11: argument types become pointers and sizes here.
+// Argument types become pointers and sizes here (and in cuda/bindings.cpp): no other file includes
+// pybind11.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -9,6 +10,9 @@
 #include "cpu/huge_pages.h"
 #include "cpu/topk.h"
 #include "cpu/trm.h"
+#ifdef DEEPREC_CUDA_ARCHITECTURES  // by CMakeLists.txt, where there is an nvcc
+#include "cuda/bindings.h"
+#endif
 
 namespace py = pybind11;
 using namespace deeprec;
@@ -264,11 +268,16 @@ void bind_peaks(py::module_& m) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "CPU kernels of deeprec";
+  m.doc() = "Kernels of deeprec";
   bind_isa(m);
   bind_topk(m);
   bind_peaks(m);
   bind_logprobs(m);
   bind_linear_logprobs(m);
   bind_trm(m);
+#ifdef DEEPREC_CUDA_ARCHITECTURES
+  py::module_ kernels = m.def_submodule("cuda", "CUDA kernels of deeprec");
+  kernels.attr("ARCHITECTURES") = std::vector<int>{DEEPREC_CUDA_ARCHITECTURES};
+  deeprec::cuda::bind(kernels);
+#endif
 }

@@ -27,17 +27,17 @@ from deeprec.kernels.softmax import (
 # Columns a program of the forward pass goes through. A multiple of every BLOCK_V; small enough
 # that a few hundred rows of a 50,000-word vocabulary fill a large GPU.
 SPLIT = 4096
-# Two tiles: the larger reuses operands best, the smaller fills the GPU when rows are few. Three
-# stages of operands must fit in the 99 KB of shared memory of sm_120.
+# Two tiles: the larger reuses operands best, the smaller fills the GPU when rows are few. A thread
+# holds 32 outputs of either; with 64, float32 products (three in tf32) spill on sm_80.
 TILES = [
-    triton.Config({"BLOCK_T": 64, "BLOCK_V": 128}, num_warps=4, num_stages=3),
-    triton.Config({"BLOCK_T": 128, "BLOCK_V": 128}, num_warps=8, num_stages=3),
+    triton.Config({"BLOCK_T": 64, "BLOCK_V": 64}, num_warps=4, num_stages=3),
+    triton.Config({"BLOCK_T": 64, "BLOCK_V": 128}, num_warps=8, num_stages=3),
 ]
 # Products of the backward pass: [BLOCK_M, BLOCK_N] outputs. Tuning runs a kernel many times, on the
 # first chunk and the first rows, where it overwrites its output: it may.
 PRODUCTS = [
-    triton.Config({"BLOCK_M": 64, "BLOCK_N": 128}, num_warps=4, num_stages=3),
-    triton.Config({"BLOCK_M": 128, "BLOCK_N": 128}, num_warps=8, num_stages=3),
+    triton.Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=3),
+    triton.Config({"BLOCK_M": 64, "BLOCK_N": 128}, num_warps=8, num_stages=3),
 ]
 KEY = ["vocabulary", "size"]
 

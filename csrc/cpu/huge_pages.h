@@ -1,5 +1,6 @@
 // Large gradients are written into memory that is fresh from the kernel, page by page: touching
-// 400 MB in pages of 4 KB took 85 ms where writing it takes 8; in pages of 2 MB, 21.
+// 400 MB in pages of 4 KB took 85 ms where writing it takes 8; in pages of 2 MB, 21. Worth it only
+// where little else is computed: huge pages can be slow to get while memory is short.
 // Tables that a search reads end to end and then jumps about in wait for address translation on
 // small pages: one stream of 128 MB came in at 19 GB/s on 4 KB pages, at 32 on huge ones. For
 // those, advise before the memory is first written.

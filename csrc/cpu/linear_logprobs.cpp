@@ -3,7 +3,6 @@
 #include <cstdlib>
 #include <new>
 
-#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
 
 namespace deeprec {
@@ -82,7 +81,6 @@ void linear_logprobs(const LinearProblem& p, const LinearForward& out) {
 
 void linear_logprobs_backward(const LinearProblem& p, const LinearBackward& io) {
   const RowSplit rows = split(p);
-  advise_huge_pages(io.grad_weight, p.weight.rows * p.weight.columns * dtype_size(p.weight.dtype));
   SparseGradient sparse;
   if (io.grad_weight || io.grad_bias) sparse = by_token(p, rows);
   kernels(p).backward(p, io, rows, sparse);

@@ -27,9 +27,9 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Below this many multiplications a second thread costs more than it saves.
 constexpr int64_t kParallelWork = int64_t(1) << 20;
-// With this many queries a thread, items are read from memory seldom enough for threads to share
+// With this many queries a thread (half a tile), items are read from memory seldom enough for threads to share
 // the queries among them, not the items; then each query has one list.
-constexpr int64_t kQueriesPerThread = 64;
+constexpr int64_t kQueriesPerThread = 32;
 // A table of fewer rows, or one of which a sixteenth is asked for, is scanned exactly.
 constexpr int64_t kSmallestTable = 512, kLargestShare = 16;
 // A sample of n rows sets the first threshold. It costs in proportion to n, the candidates that

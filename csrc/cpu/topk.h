@@ -73,7 +73,10 @@ struct CodeShape {
   int64_t quads;
   int64_t steps;
 };
-CodeShape code_shape(int64_t dim);
+inline CodeShape code_shape(int64_t dim) {
+  const int64_t quads = (dim + 3) / 4, steps = (quads + 15) / 16;
+  return {(quads + steps - 1) / steps * steps, steps};
+}
 
 // |row - center| of every row in fp64 (center may be null); not finite where the row is not.
 void row_norms(const ItemRows& rows, const double* center, double* norms, int threads);

@@ -73,8 +73,9 @@ struct CandidateList {
   int64_t rescored = 0;
   float threshold = -std::numeric_limits<float>::infinity();
 
-  // Room for the k best, as many that the bounds cannot tell from them, and a batch to come.
-  static int64_t capacity(int64_t k) { return 3 * k + 64; }
+  // Room for the k best, as many that the bounds cannot tell from them, and a batch to come: with
+  // a smaller batch the bounds are compared before they say much, and twice as many are scored.
+  static int64_t capacity(int64_t k) { return 8 * k + 96; }
 
   // Called when full: bounds first, exact scores where the bounds leave too many.
   void make_room(int64_t k, Rescorer& rescorer, const double* query) {

@@ -121,11 +121,6 @@ class BlockEncoder {
 
 }  // namespace
 
-CodeShape code_shape(int64_t dim) {
-  const int64_t quads = (dim + 3) / 4, steps = (quads + 15) / 16;
-  return {(quads + steps - 1) / steps * steps, steps};
-}
-
 void row_norms(const ItemRows& rows, const double* center, double* norms, int threads) {
 #pragma omp parallel num_threads(threads)
   {

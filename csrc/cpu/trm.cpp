@@ -28,6 +28,9 @@ namespace {
 // by the last layer.
 constexpr int64_t kRangeUsers = 64, kRangeItems = 2048;
 
+// Normalising fewer floats than this takes less time than waking a second thread.
+constexpr int64_t kParallelFloats = 1 << 16;
+
 // A child of fork() has none of its parent's OpenMP threads and would wait for them forever.
 bool g_forked = false;
 const int g_at_fork = pthread_atfork(nullptr, nullptr, [] { g_forked = true; });
@@ -296,7 +299,7 @@ void retrieve(const Model& model, const Request& request, const Retrieval& retri
   queries.resize(size_t(count * hidden));
   rescored.resize(size_t(count));
   topk::normalize_rows({users, count, hidden, model.width, topk::Dtype::f32}, queries.data(),
-                       count * hidden > (1 << 16) ? request.threads : 1);
+                       g_forked || count * hidden < kParallelFloats ? 1 : request.threads);
   topk::search(retrieval.index,
                {queries.data(), count, k, rows, request.threads},
                {retrieval.values, retrieval.indices, rescored.data()});

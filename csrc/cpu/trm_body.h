@@ -157,6 +157,13 @@ inline void add(float* c, const float* row, int64_t n) {
 
 // --- the contextual convolution ---
 
+// Rows of a user's items lie anywhere in the tables: asked for while the user before is at work.
+inline void prefetch(const Model& m, const int64_t* ids, int64_t n) {
+  for (const float* table : {m.items, m.texts})
+    for (int64_t j = 0; j < n; ++j)
+      for (int64_t i = 0; i < m.hidden; i += 16) __builtin_prefetch(table + ids[j] * m.hidden + i);
+}
+
 // Columns [start, start + Vec::width) of the rows of `ids`, less row 0; `rows` of [width].
 inline void gather(const Model& m, const float* table, const int64_t* ids, int64_t n,
                    int64_t start, float* out) {
@@ -173,6 +180,11 @@ inline void gather(const Model& m, const float* table, const int64_t* ids, int64
   const Vec padding = read(0);
   for (int64_t j = 0; j < n; ++j) store(out + j * Vec::width, read(ids[j]) - padding);
 }
+
+template <int n>
+struct Count {
+  static constexpr int value = n;
+};
 
 // Both circular convolutions of one user, per channel and over max_length positions: ids with the
 // filter, and ids with texts / sqrt(max_length). Rows beyond the history hold row 0 of the
@@ -203,27 +215,27 @@ inline void convolve(const Model& m, const int64_t* ids, int64_t n, Scratch& s, 
       constant_a = id * sum_kernel;
       constant_b = fma(id, sum_texts, fma(text, sum_ids, set1(float(period)) * id * text));
     }
-    for (int64_t t = 0; t < n; t += kOutputs) {
-      const int64_t count = n - t < kOutputs ? n - t : kOutputs;
-      Vec a[kOutputs], b[kOutputs];
-      for (int i = 0; i < kOutputs; ++i) a[i] = constant_a, b[i] = constant_b;
-      for (int64_t j = 0; j < n; ++j) {
+    const auto outputs = [&](int64_t t, auto count) {
+      Vec a[count.value], b[count.value];
+      for (int i = 0; i < count.value; ++i) a[i] = constant_a, b[i] = constant_b;
+      const float* kernel = m.kernel + (period + t) * m.width + start;
+      const float* text = texts + (period + t) * w;
+      for (int64_t j = 0; j < n; ++j, kernel -= m.width, text -= w) {
         const Vec id = load(x + j * w);
-        const float* kernel = m.kernel + (period + t - j) * m.width + start;
-        const float* text = texts + (period + t - j) * w;
-        for (int i = 0; i < kOutputs; ++i) {
-          // Outputs beyond the history are not stored; they must not be read past the tables.
-          if (i < count) {
-            a[i] = fma(id, load(kernel + i * m.width), a[i]);
-            b[i] = fma(id, load(text + i * w), b[i]);
-          }
+#pragma GCC unroll 4
+        for (int i = 0; i < count.value; ++i) {
+          a[i] = fma(id, load(kernel + i * m.width), a[i]);
+          b[i] = fma(id, load(text + i * w), b[i]);
         }
       }
-      for (int i = 0; i < count; ++i) {
+      for (int i = 0; i < count.value; ++i) {
         store(filtered + (t + i) * stride + start, a[i]);
         store(fused + (t + i) * stride + start, b[i] * scale);
       }
-    }
+    };
+    int64_t t = 0;
+    for (; t + kOutputs <= n; t += kOutputs) outputs(t, Count<kOutputs>());
+    for (; t < n; ++t) outputs(t, Count<1>());
   }
 }
 
@@ -392,7 +404,9 @@ void history_states(const Model& m, const Request& request, int64_t first, int64
   for (int64_t u = first; u < last;) {
     int64_t end = u, rows = 0;
     for (; end < last && (end == u || rows + lengths[end] <= kGroupItems); ++end) {
-      embed(m, request.history + end * request.history_width, lengths[end], s, x + rows * stride);
+      const int64_t* ids = request.history + end * request.history_width;
+      if (end + 1 < last) prefetch(m, ids + request.history_width, lengths[end + 1]);
+      embed(m, ids, lengths[end], s, x + rows * stride);
       rows += lengths[end];
     }
     for (int64_t l = 0; l < m.n_layers - 1; ++l) {

@@ -32,7 +32,9 @@ inline void multiply(const float* a, const float* b, int64_t step, int64_t k, fl
   constexpr int w = Vec::width;
   for (int lane = 0; lane < kPanel; lane += kColumns * w) {
     Vec sums[R][kColumns];
+#pragma GCC unroll 14
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
       for (int j = 0; j < kColumns; ++j) sums[r][j] = set1(0.f);
     const float *x = a, *y = b + lane;
     for (int64_t start = 0; start < k; start += kWords, x += R * kWords) {
@@ -48,7 +50,9 @@ inline void multiply(const float* a, const float* b, int64_t step, int64_t k, fl
         }
       }
     }
+#pragma GCC unroll 14
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
       for (int j = 0; j < kColumns; ++j) store(c + r * stride + lane + j * w, sums[r][j]);
   }
 }
@@ -60,7 +64,9 @@ template <int R>
 inline void multiply_pairs(const float* a, const uint32_t* b, int64_t step, int64_t words,
                            float* c, int64_t stride) {
   Vec sums[R][kColumns];
+#pragma GCC unroll 14
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
     for (int j = 0; j < kColumns; ++j) sums[r][j] = set1(0.f);
   const uint32_t* x = (const uint32_t*)a;
   for (int64_t start = 0; start < words; start += kWords, x += R * kWords)
@@ -75,7 +81,9 @@ inline void multiply_pairs(const float* a, const uint32_t* b, int64_t step, int6
           sums[r][j].v = _mm512_dpbf16_ps(sums[r][j].v, row, column[j]);
       }
     }
+#pragma GCC unroll 14
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
     for (int j = 0; j < kColumns; ++j) store(c + r * stride + 16 * j, sums[r][j]);
 }
 #else
@@ -106,6 +114,7 @@ inline void multiply_pairs(const float* a, const uint32_t* b, int64_t step, int6
   constexpr int w = Vec::width;
   for (int lane = 0; lane < kPanel; lane += w) {
     Vec sums[R];
+#pragma GCC unroll 14
     for (int r = 0; r < R; ++r) sums[r] = set1(0.f);
     const float* x = a;
     const uint32_t* y = b + lane;
@@ -118,6 +127,7 @@ inline void multiply_pairs(const float* a, const uint32_t* b, int64_t step, int6
           sums[r] = fma(set1(x[r * kWords + i + 1]), odd,
                         fma(set1(x[r * kWords + i]), even, sums[r]));
       }
+#pragma GCC unroll 14
     for (int r = 0; r < R; ++r) store(c + r * stride + lane, sums[r]);
   }
 }

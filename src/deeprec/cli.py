@@ -52,6 +52,13 @@ def _parsers() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
         ArgumentParser(description="deeprec info: versions, instruction set and backends."),
         help="show versions, instruction set and backends of every op",
     )
+    bench = ArgumentParser(
+        description="deeprec bench: check the GPU kernels against the reference, then time them "
+        "beside torch and whichever peers are installed."
+    )
+    bench.add_argument("--device", type=str, default="cuda", help="the GPU, such as cuda:0")
+    bench.add_argument("--check_only", action="store_true", help="time nothing")
+    commands.add_subcommand("bench", bench, help="check and time the kernels on a GPU")
     compare = ArgumentParser(
         description="deeprec compare: NDCG@10 of finished runs side by side, as Markdown."
     )
@@ -86,6 +93,19 @@ def _info() -> None:
         print(f"{op}: {', '.join(names)}")
 
 
+def _bench(device: str, check_only: bool) -> int:
+    from deeprec import gpu_bench
+
+    try:
+        wrong = gpu_bench.run(device, check_only=check_only).wrong
+    except gpu_bench.NoDevice as error:
+        print(f"deeprec bench: {error}", file=sys.stderr)
+        return 1
+    for line in wrong:
+        print(f"deeprec bench: {line}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status. Errors of the user are printed without a traceback."""
     parser, by_name = _parsers()
@@ -94,6 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command == "info":
         _info()
         return 0
+    if command == "bench":
+        return _bench(parsed.bench.device, parsed.bench.check_only)
     if command == "compare":
         return _compare(parsed.compare.folders)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
@@ -103,7 +125,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from deeprec.pipeline.config import RunConfig
     from deeprec.pipeline.folder import RunFolder
     from deeprec.pipeline.run import Run, RunFolderError
-    from deeprec.rl import CheckpointError, TrainingDiverged, TrainingInterrupted
+    from deeprec.rl import (
+        CheckpointError,
+        ProcessFailedError,
+        TrainingDiverged,
+        TrainingInterrupted,
+    )
+    from deeprec.rollout import EngineError
 
     transformers_logging.disable_progress_bar()
     options = parsed[command].clone()
@@ -128,7 +156,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\nInterrupted. {stop}{again}", file=sys.stderr)
         return 130
     except (
-        DataError, RunFolderError, CheckpointError, TrainingDiverged, ImportError, OSError
+        DataError, RunFolderError, CheckpointError, EngineError, ProcessFailedError,
+        TrainingDiverged, ImportError, OSError,
     ) as error:  # fmt: skip
         print(f"deeprec {command}: {error}", file=sys.stderr)
         return 1

@@ -43,3 +43,7 @@ def test_triton_kernels_agree_with_the_reference() -> None:
     chosen = ["-k", "triton and not long"]
     printed = run(*options, *map(str, INTERPRETED), *chosen, TRITON_INTERPRET="1")
     assert "passed" in printed and "skipped" not in printed
+
+
+def test_triton_kernels_compile_in_every_configuration() -> None:
+    run(str(HERE / "triton_evidence.py"), "--targets", "sm_90", TRITON_INTERPRET="0")

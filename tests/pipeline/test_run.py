@@ -139,3 +139,28 @@ def test_ctrl_c_says_how_to_go_on(tiny_config: Path, tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "--resume" in errors and str(out) in errors and "Traceback" not in errors
+
+
+@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
+def test_two_processes_make_one_run(
+    tiny_config: Path, tmp_path: Path, finished: tuple[Path, str], fsdp: bool
+) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "deeprec.cli", "run", "--config", tiny_config, "--out", tmp_path / "run"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    done = subprocess.run(
+        [*command, "--rl.fsdp", str(fsdp).lower()],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert_complete(tmp_path / "run")
+    assert done.stdout.count("Training the recommenders") == 1
+    alone = [json.loads(line) for line in (finished[0] / "metrics.jsonl").open()]
+    together = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert [line["stage"] for line in together] == ["stage1", "stage2"]
+    for one, two in zip(alone, together, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)

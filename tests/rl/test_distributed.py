@@ -113,6 +113,29 @@ def test_a_process_that_fails_ends_the_training_and_leaves_a_checkpoint(
     assert saved == ["step-00000002"]
 
 
+def test_the_example_runs_as_written(tmp_path: Path) -> None:
+    example = Path(__file__).parents[2] / "examples" / "train_in_processes.py"
+    done = subprocess.run(
+        [sys.executable, "-m", *TORCHRUN, str(example), "--out", str(tmp_path), "--fsdp"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_scaling_counts_the_published_parameters() -> None:
+    script = Path(__file__).parents[2] / "examples" / "scaling.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--gpus=8"], capture_output=True, text=True, check=True
+    )
+    assert "7.62 B parameters on 8 GPUs" in done.stdout  # Qwen2.5's report: 7.61 B
+
+
 def test_sharding_needs_processes_and_an_engine_of_its_own(weights: Path) -> None:
     with pytest.raises(ValueError, match="fsdp: there is one process"):
         make_trainer(weights, replace(CONFIG, fsdp=True))

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from deeprec.rl import (
 )
 from deeprec.rl.logging import read_metrics
 from deeprec.rl.selection import prompt_rows, select_requests
-from deeprec.rollout import SamplingConfig, Trajectory
+from deeprec.rollout import EngineError, SamplingConfig, Trajectory
 
 CONFIG = RLConfig(
     steps=4,
@@ -175,6 +176,28 @@ def test_divergence_stops_before_the_update(
     for name, value in trainer.policy.state_dict().items():
         assert torch.equal(value, before[name])
     assert [p.name for p in (tmp_path / "checkpoints" / "rl").iterdir()] == ["step-00000002"]
+
+
+def test_an_engine_that_stops_answering_leaves_a_checkpoint(
+    make_trainer: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    expected = train(make_trainer(steps=4))
+    trainer = make_trainer(steps=4, out=str(tmp_path), checkpoint_every=100)
+    step = trainer.engine.step
+    monkeypatch.setattr(trainer.engine, "step", lambda: answer(step))
+
+    def answer(step: Callable) -> list:
+        if trainer._step == 3:
+            raise EngineError("no answer for 5 s")
+        return list(step())
+
+    with pytest.raises(EngineError, match=r"failed 3 times in one roll-out, last with: no answer"):
+        train(trainer)
+    assert "rl: step 4 failed; resume goes on from" in caplog.text
+    assert [p.name for p in (tmp_path / "checkpoints" / "rl").iterdir()] == ["step-00000003"]
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    rest = train(make_trainer(steps=4, out=str(tmp_path)), resume=True)
+    assert without_times(rest) == without_times(expected[3:])
 
 
 def test_too_long_conversations_are_dropped_and_counted(

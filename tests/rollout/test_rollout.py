@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from deeprec.data import Catalog
 from deeprec.rollout import (
+    EngineError,
     EnvironmentOptions,
     RetrievalEnvironment,
     SamplingConfig,
@@ -292,3 +294,63 @@ def test_the_tool_may_open_the_final_list(
     for t in called:
         assert t.finish == "done" and len(t.turns) == 1
         assert sorted(t.ranked) == sorted(t.turns[0].retrieved)
+
+
+class FailingEngine(TransformersEngine):
+    """Stops answering in the middle of a roll-out, as often as ``failures`` says."""
+
+    failures = 0
+    steps = 0
+    restarts = 0
+    hangs = False
+
+    def step(self) -> list[Any]:
+        self.steps += 1
+        if self.failures and self.steps >= 7:
+            if self.hangs:
+                return []
+            self.failures -= 1
+            self.steps = 0
+            raise EngineError("no answer for 5 s")
+        return super().step()
+
+    def restart(self) -> None:
+        self.restarts += 1
+        super().restart()
+
+
+@pytest.fixture
+def failing(word_tokenizer: PreTrainedTokenizerFast) -> FailingEngine:
+    model = make_model(vocab_size=len(word_tokenizer))
+    return FailingEngine(model, word_tokenizer, SamplingConfig(max_turn_tokens=12))
+
+
+def test_an_engine_that_fails_is_restarted(
+    env: RetrievalEnvironment, failing: FailingEngine
+) -> None:
+    requests = make_requests(3)
+    expected = rollout(failing, env, requests, samples_per_user=2)
+    assert failing.steps > 7
+    failing.failures = 2
+    assert rollout(failing, env, requests, samples_per_user=2) == expected
+    assert failing.restarts == 2
+
+
+def test_an_engine_that_keeps_failing_is_an_error(
+    env: RetrievalEnvironment, failing: FailingEngine
+) -> None:
+    failing.failures = 100
+    with pytest.raises(EngineError, match=r"failed 3 times in one roll-out, last with: no answer"):
+        rollout(failing, env, make_requests(3), samples_per_user=2)
+    failing.failures = 0
+    assert len(rollout(failing, env, make_requests(3), samples_per_user=2)) == 6
+
+
+def test_an_engine_that_makes_no_progress_is_an_error(
+    env: RetrievalEnvironment, failing: FailingEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The package gives the function the module's name.
+    monkeypatch.setattr(sys.modules["deeprec.rollout.rollout"], "STALL_SECONDS", 0.2)
+    failing.failures, failing.hangs = 1, True
+    with pytest.raises(EngineError, match=r"no turn has ended for 0.2 s"):
+        rollout(failing, env, make_requests(3), samples_per_user=2)

@@ -141,6 +141,9 @@ class ScriptedEngine:
     def sleep(self) -> None:
         pass
 
+    def close(self) -> None:
+        pass
+
     def sync_weights(self) -> None:
         pass
 

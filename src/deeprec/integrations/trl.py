@@ -1,9 +1,9 @@
 """TRL: selective log-softmax, entropy, and the fused LM head of its trainers.
 
 The trainers of TRL 1.16 (GRPO, RLOO, …) score completions with a fused head that works through
-tiles of up to 4096 x 32768 logits, and on a CPU through the prompt's and tool's positions too.
-With the patch the head is :func:`deeprec.linear_logprobs`, and only positions that count are
-scored, which TRL does on GPUs alone. Experimental trainers (CPO, ORPO, SDPO, …) hold logits and
+tiles of up to 4096 x 32768 logits, and on a CPU through prompts and padding too. With the patch the
+head is :func:`deeprec.linear_logprobs`, and only labelled positions are scored, which TRL does on
+GPUs alone. Experimental trainers (CPO, ORPO, SDPO, …) hold logits and
 call ``selective_log_softmax``: that becomes :func:`deeprec.gather_logprobs`.
 
 Passed on to TRL: softcapped logits, statistics other than log-prob and entropy (which SFT, DPO

@@ -72,8 +72,8 @@ class ItemIndex:
         items: ``[N, D]``, float32, bfloat16 or float16, finite.
         metric: "ip", or "cosine": rows and queries are first normalised (in float64, stored as
             float32), and must not be zero.
-        prefilter: "auto" builds codes on the CPU (about a quarter more memory than float32 items
-            alone), "none" always scans exactly.
+        prefilter: "auto" builds codes (on the CPU, from a copy of items that are elsewhere; about a
+            quarter more memory than float32 items alone), "none" always scans exactly.
 
     Raises:
         TypeError: the dtype does not fit.
@@ -149,7 +149,9 @@ class ItemIndex:
         if len(where.unique()) != len(where):
             raise ValueError("rows must be distinct, got duplicates")
         self._items[where] = self._stored(new.to(self._items.device), "vectors")
-        if self._table is not None:
+        if self._table is not None and self._items.device.type != "cpu":
+            self._build()
+        elif self._table is not None:
             order = self._table[2]
             position = order.argsort()[where] if len(order) else where
             self._encode((position // _block_rows(self._items)).unique())
@@ -182,10 +184,8 @@ class ItemIndex:
         moved = ItemIndex.__new__(ItemIndex)
         moved.metric, moved.prefilter = self.metric, self.prefilter
         moved._items = self._items.to(device)
-        moved._table = None
+        moved._table = self._table and [tensor.to(device) for tensor in self._table]
         moved._rescored = self._rescored[:0]
-        if moved._wants_codes():
-            moved._build()
         return moved
 
     def stats(self) -> IndexStats:
@@ -236,12 +236,19 @@ class ItemIndex:
     def _wants_codes(self) -> bool:
         return (
             self.prefilter == "auto"
-            and self._items.device.type == "cpu"
+            and self._items.device.type != "meta"
             and len(self) >= MIN_CODED_ROWS
             and self.dim <= MAX_CODED_DIM
         )
 
     def _build(self) -> None:
+        if self._items.device.type != "cpu":
+            host = ItemIndex.__new__(ItemIndex)
+            host._items = self._items.cpu()
+            host._build()
+            assert host._table is not None
+            self._table = [tensor.to(self._items.device) for tensor in host._table]
+            return
         norms = _norms(self._items, None)
         center = _center(self._items, norms)
         if center is not None:

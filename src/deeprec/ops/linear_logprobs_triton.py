@@ -20,8 +20,9 @@ __all__ = ["run", "why_not"]
 # 32 MB in float32. A hidden gradient is a sum over chunks of columns, so their width is fixed.
 CHUNK = 2048
 CHUNK_ROWS = 4096
-# Operands of a product are loaded 128 bytes of a row at a time: one memory transaction.
-LOAD_BYTES = 128
+# Width of a product's operands in a step: 128 bytes of 16-bit numbers, one memory transaction; half
+# of that in float32, which is multiplied as three tf32 products whose operands fill registers.
+WIDTH = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 16}
 # Entries of limited rows, and dimensions, that a program handles at once.
 ENTRIES, DIMENSIONS, PERMITTED = 32, 64, 1024
 MAX_SIZE = 2**31 - 2**16  # vocabulary and width are counted in 32 bits
@@ -150,7 +151,7 @@ def _forward(
     )
     if hidden.shape[0] == 0:
         return outputs
-    with backends.timed("linear_logprobs", "triton"):
+    with torch.cuda.device_of(hidden), backends.timed("linear_logprobs", "triton"):
         if reads_values(hidden):
             check_range(ids, mask, permitted, weight.shape[0])
         problem = _Problem(hidden, weight, ids, bias, 1 / temperature, mask, offsets, permitted)
@@ -182,7 +183,7 @@ def _launch_forward(p: _Problem, values: Tensor, entropy: Tensor | None, states:
         p.weight.stride(0),
         p.inverse,
         SPLIT=kernels.SPLIT,
-        BLOCK_H=LOAD_BYTES // dtype.itemsize,
+        BLOCK_H=WIDTH[dtype],
         **p.dot(dtype),
         **LAUNCH,
     )
@@ -236,7 +237,7 @@ def _backward(
     gradients = empty_gradients(hidden, weight, bias, wanted)
     if hidden.shape[0] == 0:
         return gradients[0], gradients[1].zero_(), gradients[2]
-    with backends.timed("linear_logprobs_backward", "triton"):
+    with torch.cuda.device_of(hidden), backends.timed("linear_logprobs_backward", "triton"):
         problem = _Problem(hidden, weight, ids, bias, 1 / temperature, mask, offsets, permitted)
         grad_values, grad_entropy = contiguous(grad_values, grad_entropy)
         _Backward(problem, grad_values, grad_entropy, entropy, states).run(gradients, wanted)
@@ -369,7 +370,7 @@ class _Backward:
             p.hidden.stride(0),
             p.weight.stride(0),
             p.inverse,
-            BLOCK_H=LOAD_BYTES // self.dtype.itemsize,
+            BLOCK_H=WIDTH[self.dtype],
             **p.dot(self.dtype),
             **LAUNCH,
         )
@@ -400,7 +401,7 @@ class _Backward:
             p.vocabulary,
             p.size,
             p.weight.stride(0),
-            BLOCK_K=LOAD_BYTES // self.dtype.itemsize,
+            BLOCK_K=WIDTH[self.dtype],
             **p.dot(self.dtype),
             **LAUNCH,
         )
@@ -448,7 +449,7 @@ class _Backward:
             p.size,
             p.hidden.stride(0),
             LAST=row + self.rows >= p.rows,
-            BLOCK_K=LOAD_BYTES // self.dtype.itemsize,
+            BLOCK_K=WIDTH[self.dtype],
             **p.dot(self.dtype),
             **LAUNCH,
         )

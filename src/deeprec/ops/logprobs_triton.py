@@ -64,7 +64,7 @@ def _forward(
     rows = logits.shape[:-1].numel()
     if rows == 0:
         return values, entropies, states
-    with backends.timed("gather_logprobs", "triton"):
+    with torch.cuda.device_of(logits), backends.timed("gather_logprobs", "triton"):
         if reads_values(logits):
             check_range(ids, mask, permitted, logits.shape[-1])
         ids, mask, offsets, permitted = contiguous(ids, mask, offsets, permitted)
@@ -108,7 +108,7 @@ def _backward(
     grad_logits = new(logits.shape, dtype=logits.dtype, device=logits.device)
     if rows == 0:
         return grad_logits
-    with backends.timed("gather_logprobs_backward", "triton"):
+    with torch.cuda.device_of(logits), backends.timed("gather_logprobs_backward", "triton"):
         grad_values, grad_entropy = contiguous(grad_values, grad_entropy)
         ids, mask, offsets, permitted = contiguous(ids, mask, offsets, permitted)
         geometry = _geometry(logits, tokens, temperature)

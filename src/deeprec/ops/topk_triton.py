@@ -84,16 +84,17 @@ def run(
     if ids is not None and len(ids) == 0:
         offsets = ids = None
     plan = _Plan(batch, count, items.shape[1], min(k, count), kernels.GROUP)
-    for first in range(0, batch, plan.round):
-        some = slice(first, first + plan.round)
-        _search(
-            plan,
-            queries[some],
-            items,
-            None if offsets is None else offsets[first : first + plan.round + 1],
-            ids,
-            (values[some, : plan.k], indices[some, : plan.k], rescored[some]),
-        )
+    with torch.cuda.device_of(queries):
+        for first in range(0, batch, plan.round):
+            some = slice(first, first + plan.round)
+            _search(
+                plan,
+                queries[some],
+                items,
+                None if offsets is None else offsets[first : first + plan.round + 1],
+                ids,
+                (values[some, : plan.k], indices[some, : plan.k], rescored[some]),
+            )
     return values, indices, rescored
 
 

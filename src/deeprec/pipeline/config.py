@@ -10,10 +10,11 @@ from deeprec.data import DataConfig
 from deeprec.policy.model import TitlePolicyConfig
 from deeprec.policy.pretrain import PretrainConfig
 from deeprec.policy.warmstart import WarmStartConfig
-from deeprec.rewards.config import ListwiseReward, TitleMatch
+from deeprec.rewards.config import ListwiseReward
 from deeprec.rl.config import RLConfig, StageConfig
 from deeprec.rollout.environment import EnvironmentOptions
 from deeprec.rollout.types import SamplingConfig
+from deeprec.rollout.vllm_engine import VLLMOptions
 from deeprec.text import EncoderConfig
 from deeprec.trm import TRMTrainConfig
 
@@ -31,6 +32,8 @@ class PolicyConfig:
         pretrain: its next-item pre-training.
         warm_start: its supervised warm start.
         dtype: of the copy that generates; the trained weights stay in fp32.
+        engine: what generates; ``vllm`` for large models (see :class:`deeprec.rollout.VLLMEngine`).
+        vllm: its options.
     """
 
     model: str | None = None
@@ -38,6 +41,8 @@ class PolicyConfig:
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     dtype: Literal["fp32", "bf16"] = "fp32"
+    engine: Literal["transformers", "vllm"] = "transformers"
+    vllm: VLLMOptions = field(default_factory=VLLMOptions)
 
 
 @dataclass
@@ -60,12 +65,14 @@ class EnvironmentConfig:
 
 @dataclass
 class RewardSection:
-    """What a run may change of the rewards (see :class:`deeprec.rewards.RewardConfig`)."""
+    """What a run may change of the rewards (see :class:`deeprec.rewards.RewardConfig`).
 
+    ``preset="paper"`` computes them exactly as the authors' code does, whatever the others say.
+    """
+
+    preset: Literal["default", "paper"] = "default"
     listwise: ListwiseReward = "ndcg"
     pointwise_scale: float = 1.0
-    match: TitleMatch = "exact"
-    distinct: bool = True
 
 
 @dataclass

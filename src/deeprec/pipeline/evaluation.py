@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -141,8 +142,8 @@ def _talk(
         max_calls=1 if single_turn else None,
         closing=CLOSING if single_turn else "",
     )
-    engine = parts.engine(parts.load_stage(stage), sampling)
-    return rollout(engine, env, requests, samples_per_user=1, seed=parts.config.seed)
+    with closing(parts.engine(parts.load_stage(stage), sampling)) as engine:
+        return rollout(engine, env, requests, samples_per_user=1, seed=parts.config.seed)
 
 
 def _ablations(

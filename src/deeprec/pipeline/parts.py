@@ -18,11 +18,13 @@ from deeprec.policy.tokenizer import build_title_tokenizer
 from deeprec.rewards import RewardConfig, RewardModel
 from deeprec.rollout import (
     ChatPrompt,
+    Engine,
     PreferenceOverride,
     PromptBuilder,
     RetrievalEnvironment,
     SamplingConfig,
     TransformersEngine,
+    VLLMEngine,
 )
 from deeprec.text import SentenceEncoder, load_encoder
 from deeprec.trm import PhraseEncoder, PreferenceAwareTRM
@@ -119,19 +121,34 @@ class Parts:
             preference_override=override,
         )
 
-    def engine(self, policy: PreTrainedModel, sampling: SamplingConfig) -> TransformersEngine:
+    def engine(self, policy: PreTrainedModel, sampling: SamplingConfig) -> Engine:
         """Generates with ``policy``."""
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self.config.policy.dtype]
+        config = self.config.policy
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
+        if config.engine == "vllm":
+            return VLLMEngine(policy, self.tokenizer, sampling, dtype=dtype, options=config.vllm)
         return TransformersEngine(
-            policy, self.tokenizer, sampling, dtype=dtype, max_conversations=CONVERSATIONS
+            policy,
+            self.tokenizer,
+            sampling,
+            dtype=dtype,
+            copy_weights=self.config.rl.fsdp,
+            max_conversations=CONVERSATIONS,
         )
 
     def reward_model(self, stage: Literal["cold", "rec"]) -> RewardModel:
         """The rewards of a stage; similarity to the target as the training recommender sees it."""
+        section = self.config.rewards
         catalog = self.dataset.catalog
         texts = self.encoder.encode(catalog.encoder_texts())
+        if section.preset == "paper":
+            config = RewardConfig.paper(stage)
+        else:
+            config = RewardConfig.default(
+                stage, listwise=section.listwise, pointwise_scale=section.pointwise_scale
+            )
         return RewardModel(
-            RewardConfig.default(stage, **vars(self.config.rewards)),
+            config,
             titles=catalog.titles,
             text_vectors=torch.cat([torch.zeros(1, texts.shape[1]), texts]),
             item_vectors=self.trm("rl").item_embedding.weight.detach(),
@@ -144,7 +161,12 @@ class Parts:
         return self.dataset.requests("rl")
 
 
-def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a policy in Hugging Face format."""
-    model.save_pretrained(folder)
+def save_policy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write a policy in Hugging Face format, with ``weights`` where it does not hold its own."""
+    model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)

@@ -14,6 +14,7 @@ from deeprec.pipeline.console import console, heading, print_ops, print_results
 from deeprec.pipeline.evaluation import evaluate_run
 from deeprec.pipeline.folder import RunFolder
 from deeprec.pipeline.parts import Parts
+from deeprec.pipeline.processes import Processes
 from deeprec.pipeline.report import write_report
 from deeprec.pipeline.stages import (
     INITIAL,
@@ -35,6 +36,10 @@ class RunFolderError(RuntimeError):
 class Run:
     """One run. Stages that are done are not done again.
 
+    Under ``torchrun`` or ``accelerate launch`` every process makes one and calls the same methods:
+    reinforcement learning is done by all of them, everything else by the first, which alone prints
+    and writes.
+
     Args:
         config: what to run.
         resume: go on in a folder that exists.
@@ -46,7 +51,9 @@ class Run:
     def __init__(self, config: RunConfig, *, resume: bool = False) -> None:
         self.config = config
         self.folder = RunFolder.of(config)
-        self._open(resume)
+        self.processes = Processes()
+        console.quiet = not self.processes.is_first
+        self.processes.first(lambda: self._open(resume))
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.parts = Parts(config, self.folder)
@@ -76,6 +83,9 @@ class Run:
 
     def recommenders(self) -> None:
         """Everything up to the trained recommenders."""
+        self.processes.first(self._recommenders)
+
+    def _recommenders(self) -> None:
         heading("Data")
         console.print(str(self.parts.dataset.report))
         if self.parts.from_scratch:
@@ -88,16 +98,18 @@ class Run:
         """Everything up to the policy after the last stage."""
         self.recommenders()
         heading("Warm start" if self.parts.from_scratch else "Loading the policy")
-        initial_policy(self.parts)
+        self.processes.first(lambda: initial_policy(self.parts))
         before = INITIAL
         for stage, requests in zip(self.config.stages, stage_requests(self.parts), strict=True):
             heading(f"{stage.name}: {stage.steps} steps on {len(requests):,} users")
-            reinforce(self.parts, stage, before, requests)
+            reinforce(self.parts, stage, before, requests, self.processes)
             before = stage.name
-        self.folder.publish_policy(before)
+        self.processes.first(lambda: self.folder.publish_policy(before))
 
     def evaluate(self) -> None:
         """Evaluate what was trained, and write table and report."""
+        if not self.processes.is_first:
+            return
         heading("Evaluating the baselines")
         results = evaluate_run(self.parts)
         print_results(results)

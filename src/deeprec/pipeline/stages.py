@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from deeprec.data import Requests
 from deeprec.pipeline.parts import Parts, save_policy
+from deeprec.pipeline.processes import Processes
 from deeprec.policy.model import build_title_policy
 from deeprec.policy.pretrain import pretrain
 from deeprec.policy.warmstart import warm_start, written_preferences
 from deeprec.rl import StageConfig, Trainer, select_requests
+from deeprec.rollout.weights import whole
 from deeprec.trm import train_trm
 
 __all__ = [
@@ -105,22 +109,34 @@ def stage_requests(parts: Parts) -> list[Requests]:
     return [chosen[rows] for rows in np.split(order, ends[:-1])]
 
 
-def reinforce(parts: Parts, stage: StageConfig, before: str, requests: Requests) -> None:
+def reinforce(
+    parts: Parts, stage: StageConfig, before: str, requests: Requests, processes: Processes
+) -> None:
     """One stage of reinforcement learning, from the policy of the stage ``before``."""
     target = parts.folder.stage(stage.name)
     if target.is_dir():
         return
     config = parts.config
     policy = parts.load_stage(before).float()
-    trainer = Trainer(
-        policy,
-        parts.engine(policy, config.sampling),
-        parts.environment("rl"),
-        parts.reward_model(stage.reward),
-        replace(stage.apply(config.rl), out=str(parts.folder.root), seed=config.seed),
-    )
-    trainer.train(requests, resume=True)
-    parts.folder.write_folder(target, lambda folder: save_policy(policy, parts.tokenizer, folder))
+    with closing(parts.engine(policy, config.sampling)) as engine:
+        trainer = Trainer(
+            policy,
+            engine,
+            parts.environment("rl"),
+            parts.reward_model(stage.reward),
+            replace(stage.apply(config.rl), out=str(parts.folder.root), seed=config.seed),
+        )
+        trainer.train(requests, resume=True)
+    weights = {}
+    for name, value in policy.state_dict().items():
+        together = whole(value)  # of a sharded policy, by all processes
+        if processes.is_first:
+            weights[name] = together.cpu()
+
+    def write(folder: Path) -> None:
+        save_policy(policy, parts.tokenizer, folder, weights)
+
+    processes.first(lambda: parts.folder.write_folder(target, write))
 
 
 def recall_at(parts: Parts, split: Literal["rl", "valid"], k: int) -> float:

@@ -68,7 +68,7 @@ def shard(scorer: nn.Module, *, bf16: bool) -> None:
 
     A unit for every transformer layer; embeddings, norm and head belong to ``scorer`` itself,
     which is therefore what must be called. ``bf16`` sends weights in bfloat16, and sums gradients
-    in float32 in any case.
+    in float32 in any case. Parameters are moved to the GPU part by part.
     """
     mesh = dist.device_mesh.init_device_mesh(
         "cuda" if torch.cuda.is_available() else "cpu", (dist.get_world_size(),)

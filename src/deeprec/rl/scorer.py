@@ -105,7 +105,8 @@ class PolicyScorer(nn.Module):
                 allowed=batch.allowed,
                 entropy=True,
             )
-        return logprobs.float(), entropy.float()
+        # Copies of a few numbers, because FSDP warns of views that might be written to.
+        return logprobs.float().clone(), entropy.float().clone()
 
     @torch.no_grad()
     def check_head(self) -> None:

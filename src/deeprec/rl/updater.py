@@ -62,7 +62,7 @@ class PolicyUpdater:
         self._scorer = self._score_with(policy)
         self._reference = self._freeze(reference)
         if config.fsdp:
-            shard(self._scorer.to(accelerator.device), bf16=self._bf16)
+            shard(self._scorer, bf16=self._bf16)
         self._parameters = [p for p in policy.parameters() if p.requires_grad]
         self._wrapped: nn.Module = self._scorer
         self.optimizer = self._make_optimizer(self._parameters)

@@ -15,6 +15,7 @@ from deeprec.rollout.rollout import ToolError, rollout
 from deeprec.rollout.token_text import TokenText
 from deeprec.rollout.transformers_engine import TransformersEngine
 from deeprec.rollout.types import Request, Sample, SamplingConfig, Trajectory, Turn
+from deeprec.rollout.vllm_engine import VLLMEngine, VLLMOptions
 
 __all__ = [
     "ChatPrompt",
@@ -38,5 +39,7 @@ __all__ = [
     "Trajectory",
     "TransformersEngine",
     "Turn",
+    "VLLMEngine",
+    "VLLMOptions",
     "rollout",
 ]

@@ -57,3 +57,7 @@ class Engine(Protocol):
     def sync_weights(self) -> None:
         """Take over the policy's current weights; wakes an engine that sleeps."""
         ...
+
+    def close(self) -> None:
+        """Give back everything; the engine cannot be used afterwards."""
+        ...

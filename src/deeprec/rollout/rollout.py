@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from deeprec.data import Requests
 from deeprec.rollout.constraints import ListLines
-from deeprec.rollout.engine import Engine
+from deeprec.rollout.engine import Engine, EngineError
 from deeprec.rollout.environment import Observation, RetrievalEnvironment, ToolCall
 from deeprec.rollout.prompts import ChatPrompt
 from deeprec.rollout.protocol import (
@@ -28,6 +29,10 @@ __all__ = ["ToolError", "rollout"]
 logger = logging.getLogger(__name__)
 
 TOOL_ATTEMPTS = 3  # a tool behind a network may fail once or twice; a broken one fails always
+ENGINE_ATTEMPTS = 3  # the same of an engine, which is restarted in between
+# Without any turn ending. The longest turn of the paper, 2,048 tokens, takes minutes where it is
+# worth sampling at all.
+STALL_SECONDS = 3600.0
 
 
 class ToolError(RuntimeError):
@@ -48,17 +53,34 @@ def rollout(
     ``seed``, the user and the sample's number, so a trajectory does not depend on which others it
     ran with (up to rounding in the model). Order: request by request, sample by sample.
 
+    An engine that stops answering is restarted and the conversations begin again, with the same
+    random numbers; a conversation that it broke off never becomes a trajectory.
+
     Raises:
+        EngineError: the engine failed :data:`ENGINE_ATTEMPTS` times, or could not be restarted.
         ToolError: the tool failed :data:`TOOL_ATTEMPTS` times with an OSError (connection,
             time-out). Any other exception of the tool is passed on at once.
     """
     if samples_per_user < 1:
         raise ValueError(f"samples_per_user must be at least 1, got {samples_per_user}")
-    talks = _Talks(engine, env, requests, samples_per_user, seed)
-    try:
-        return talks.run()
-    finally:
-        talks.release()
+    for attempt in range(1, ENGINE_ATTEMPTS + 1):
+        talks = _Talks(engine, env, requests, samples_per_user, seed)
+        try:
+            trajectories = talks.run()
+        except EngineError as error:
+            failure = error
+            logger.warning("roll-out %d of %d failed: %s", attempt, ENGINE_ATTEMPTS, error)
+            engine.restart()
+        except BaseException:
+            talks.release()
+            raise
+        else:
+            talks.release()
+            return trajectories
+    raise EngineError(
+        f"the engine failed {ENGINE_ATTEMPTS} times in one roll-out, last with: {failure}; look at "
+        "its log, then resume"
+    ) from failure
 
 
 @lru_cache(maxsize=4)
@@ -111,9 +133,15 @@ class _Talks:
         for number, talk in enumerate(self._talks):
             self._ask(number, talk.trajectory.prompt_ids)
         running = len(self._talks)
+        heard = time.monotonic()
         while running:
             calls: dict[int, ToolCall] = {}
-            for sample in self.engine.step():
+            samples = self.engine.step()
+            if samples:
+                heard = time.monotonic()
+            elif time.monotonic() - heard > STALL_SECONDS:
+                raise EngineError(f"no turn has ended for {STALL_SECONDS:g} s")
+            for sample in samples:
                 number = int(sample.conversation)  # type: ignore[call-overload]
                 call = self._hear(number, sample)
                 if call is None:

@@ -88,7 +88,7 @@ class TransformersEngine:
             self.model.to(dtype=dtype or model.dtype)  # type: ignore[call-arg]
         self._config = self.model.config.get_text_config(decoder=True)
         self.text = TokenText(tokenizer, self._config.vocab_size)
-        self._eos = _eos_ids(model, tokenizer)
+        self._eos = eos_ids(model, tokenizer)
         self._max_step_tokens = max_step_tokens
 
         n = max_conversations
@@ -167,6 +167,11 @@ class TransformersEngine:
         Raises RuntimeError where a conversation is open.
         """
         self._check_idle("the engine is put to sleep")
+        self._cache.clear()
+
+    def close(self) -> None:
+        """Give the memory of conversations back."""
+        self.restart()
         self._cache.clear()
 
     def sync_weights(self) -> None:
@@ -452,7 +457,7 @@ class TransformersEngine:
             self._logprobs = np.pad(self._logprobs, more)
 
 
-def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Every token that ends a text, by the model's generation settings and the tokenizer."""
     generation = getattr(model, "generation_config", None)
     named = [tokenizer.eos_token_id, getattr(generation, "eos_token_id", None)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -202,6 +203,7 @@ class PackedTRM:
             "sizes": json.dumps(self.sizes),
             "eps": repr(self.eps),
             "dtype": str(self.dtype).removeprefix("torch."),
+            "items": _checksum(self.index),
         }
         self.index.save(target / INDEX_FILE)
         try:
@@ -233,10 +235,9 @@ class PackedTRM:
         packed._model, packed._version = None, ()
         packed.tensors = load_file(source)
         packed.index = ItemIndex.load(Path(folder) / INDEX_FILE)
-        if len(packed.index) != packed.sizes["n_items"]:
+        if header.get("items") != _checksum(packed.index):
             raise ValueError(
-                f"{source} has {packed.sizes['n_items']} items, {INDEX_FILE} beside it "
-                f"{len(packed.index)}; save both again"
+                f"{source} and {INDEX_FILE} beside it are of different models; save both again"
             )
         return packed
 
@@ -334,6 +335,11 @@ def _pointer(tensor: Tensor | None) -> int:
 def _tensor(result: Any) -> Tensor:
     assert isinstance(result, Tensor)
     return result
+
+
+def _checksum(index: ItemIndex) -> str:
+    """Tells item tables apart."""
+    return f"{zlib.crc32(index.items.numpy().data):08x}"
 
 
 # ---- backends ----

@@ -11,7 +11,7 @@
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(EMULATOR_FINDS_RACES)
 #include <sanitizer/tsan_interface.h>
 #endif
 #if !defined(__x86_64__)
@@ -38,7 +38,7 @@ __attribute__((naked, noinline)) void switch_stack(void** /*save*/, void* /*load
 const void* scheduler_bottom = nullptr;
 size_t scheduler_size = 0;
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(EMULATOR_FINDS_RACES)
 void* scheduler_fiber = nullptr;
 #endif
 
@@ -50,7 +50,7 @@ void to_scheduler(bool dying = false) {
   __sanitizer_start_switch_fiber(dying ? nullptr : &t.fake_stack, scheduler_bottom,
                                  scheduler_size);
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(EMULATOR_FINDS_RACES)
   __tsan_switch_to_fiber(scheduler_fiber, __tsan_switch_to_fiber_no_sync);
 #endif
   switch_stack(&t.stack_pointer, b.scheduler_stack);
@@ -65,7 +65,7 @@ void to_thread(Block& b, Thread& t) {
   void* fake;
   __sanitizer_start_switch_fiber(&fake, t.stack, kStackBytes);
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(EMULATOR_FINDS_RACES)
   __tsan_switch_to_fiber(t.fiber, __tsan_switch_to_fiber_no_sync);
 #endif
   switch_stack(&b.scheduler_stack, t.stack_pointer);
@@ -78,6 +78,7 @@ void thread_main() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_bottom, &scheduler_size);
 #endif
+  order_acquire(block().barriers[0].order + 1);  // shared memory was filled before
   (*block().body)();
   Thread& t = thread();
   if (!t.copies.empty()) fail("ends with cp.async in flight");
@@ -293,7 +294,7 @@ void run(const char* name, dim3 grid, dim3 size, int smem, const std::function<v
 #if defined(__SANITIZE_ADDRESS__)
   __asan_poison_memory_region(b.smem + smem, size_t(smem + 128) / 128 * 128 - size_t(smem));
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(EMULATOR_FINDS_RACES)
   scheduler_fiber = __tsan_get_current_fiber();
 #endif
   for (int rank = 0; rank < b.threads; ++rank) {
@@ -303,7 +304,7 @@ void run(const char* name, dim3 grid, dim3 size, int smem, const std::function<v
     t.warp = rank / 32;
     t.index = {rank % size.x, rank / size.x % size.y, rank / (size.x * size.y)};
     t.stack = stack_of(rank);
-#if defined(__SANITIZE_THREAD__)
+#if defined(EMULATOR_FINDS_RACES)
     t.fiber = __tsan_create_fiber(0);
 #endif
   }
@@ -321,7 +322,7 @@ void run(const char* name, dim3 grid, dim3 size, int smem, const std::function<v
     error = std::string(name) + ": " + problem.what();
   }
   current_block = nullptr;
-#if defined(__SANITIZE_THREAD__)
+#if defined(EMULATOR_FINDS_RACES)
   for (Thread& t : b.all) __tsan_destroy_fiber(t.fiber);
 #endif
 #if defined(__SANITIZE_ADDRESS__)
@@ -331,13 +332,13 @@ void run(const char* name, dim3 grid, dim3 size, int smem, const std::function<v
 }
 
 void order_release([[maybe_unused]] char* address) {
-#if defined(__SANITIZE_THREAD__)
+#if defined(EMULATOR_FINDS_RACES)
   __tsan_release(address);
 #endif
 }
 
 void order_acquire([[maybe_unused]] char* address) {
-#if defined(__SANITIZE_THREAD__)
+#if defined(EMULATOR_FINDS_RACES)
   __tsan_acquire(address);
 #endif
 }

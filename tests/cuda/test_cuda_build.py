@@ -1,0 +1,76 @@
+"""The compiled CUDA kernels: importable without a driver, and clear about what is missing."""
+
+from __future__ import annotations
+
+import json
+
+import evidence
+import pytest
+import torch
+
+from deeprec import _C
+from deeprec.ops import cuda
+
+needs_build = pytest.mark.skipif(not hasattr(_C, "cuda"), reason="built without nvcc")
+
+
+@needs_build
+def test_cuda_build_says_what_it_is_for() -> None:
+    assert {80, 90, 100, 120} <= set(_C.cuda.ARCHITECTURES)
+    if not torch.cuda.is_available():
+        why = cuda.Runtime().why_not(torch.device("cuda"))
+        assert why is not None
+        assert "no CUDA device" in why
+
+
+@needs_build
+def test_a_cuda_launch_without_a_driver_is_an_error() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a driver")
+    rows = _C.ItemRows(0, 0, 1, 1, "float32")
+    request = _C.cuda.TopkRequest(
+        rows=rows,
+        filter=_C.Prefilter(0, 0, 0, 0),
+        queries=0,
+        count=1,
+        k=1,
+        exclude=(0, 0),
+        multiprocessors=1,
+    )
+    needed = _C.cuda.topk_workspace_bytes(request)
+    with pytest.raises(ValueError, match="workspace: expected"):
+        _C.cuda.topk_search(request, answer=(0, 0, 0), workspace=(0, needed - 1), stream=0)
+    with pytest.raises(RuntimeError, match="CUDA: topk_direct: "):
+        _C.cuda.topk_search(request, answer=(0, 0, 0), workspace=(0, needed), stream=0)
+
+
+@pytest.mark.parametrize(
+    ("capability", "reason"),
+    [
+        ((7, 5), "capability 7.5"),
+        ((8, 0), None),
+        ((8, 6), None),
+        ((11, 0), "11.0"),
+        ((13, 0), None),
+    ],
+)
+def test_older_devices_than_the_cuda_build_are_named(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], reason: str | None
+) -> None:
+    class Built:
+        ARCHITECTURES = (80, 90, 100, 120)
+
+    monkeypatch.setattr(_C, "cuda", Built, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    why = cuda.Runtime().why_not(torch.device("cuda"))
+    assert (why is None) == (reason is None)
+    assert reason is None or reason in str(why)
+
+
+def test_cuda_evidence_files_agree() -> None:
+    stored = json.loads(evidence.RESULT.read_text())
+    assert stored["rooflines"] == evidence.rooflines()
+    assert evidence.RESULT.with_suffix(".md").read_text() == evidence.markdown(stored)
+    for by_architecture in stored["kernels"].values():
+        assert set(by_architecture) == set(evidence.ARCHITECTURES)

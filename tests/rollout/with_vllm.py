@@ -1,0 +1,188 @@
+"""VLLMEngine on vLLM itself. Run by ``.ci/vllm``, in an environment of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import rl_world
+import torch
+from test_transformers_engine import check_logprobs, prompts, random_ids
+from tiny_world import TITLES
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from deeprec.rl import RLConfig, Trainer
+from deeprec.rollout import (
+    EngineError,
+    ListLines,
+    Request,
+    SamplingConfig,
+    VLLMEngine,
+    VLLMOptions,
+)
+from deeprec.rollout.protocol import LIST_CLOSE, LIST_OPEN
+
+OPTIONS = VLLMOptions(eager=True, timeout=600.0, max_conversations=16)
+LONG = SamplingConfig(max_turn_tokens=9, max_tokens=400)
+
+
+def make_model() -> PreTrainedModel:
+    """Two heads of 32: vLLM's attention on the CPU knows no smaller ones."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    model = Qwen2ForCausalLM(
+        Qwen2Config(vocab_size=200, max_position_embeddings=4096, **shape, **heads)
+    )
+    for parameter in model.parameters():
+        parameter.data.mul_(3)  # opinionated
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def engine(model: PreTrainedModel, word_tokenizer: PreTrainedTokenizerFast) -> Iterator[VLLMEngine]:
+    engine = VLLMEngine(model, word_tokenizer, LONG, options=OPTIONS)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(autouse=True)
+def released(engine: VLLMEngine) -> Iterator[None]:
+    yield
+    engine.restart() if engine._vllm is None else None
+    for name in list(engine._conversations):
+        engine.release(name)
+    engine.sampling = LONG
+
+
+def test_logprobs_equal_the_trainers_over_three_turns(
+    engine: VLLMEngine, model: PreTrainedModel
+) -> None:
+    contexts = new = prompts(10)
+    before = engine.cached_tokens
+    for turn in range(3):
+        requests = [Request(i, ids, seed=i, stop=("s",)) for i, ids in enumerate(new)]
+        samples = engine.generate(requests)
+        for context, sample in zip(contexts, samples, strict=True):
+            assert 0 < len(sample.ids) <= 9
+            ends = engine.text.decode(sample.ids[-1:])
+            assert (sample.finish == "stop") == ("s" in ends and ends != "<eos>")
+            assert "s" not in engine.text.decode(sample.ids[:-1])
+            check_logprobs(model, context, sample)
+        # vLLM caches blocks of 128 tokens on the CPU.
+        new = [random_ids(turn + 140 + i, seed=99 + i) for i in range(10)]
+        contexts = [c + s.ids + ids for c, s, ids in zip(contexts, samples, new, strict=True)]
+    assert engine.cached_tokens > before  # earlier turns are not computed again
+
+
+def test_a_turn_repeats_with_its_seed(engine: VLLMEngine) -> None:
+    def sample(name: int, seed: int) -> list[int]:
+        ids = engine.generate([Request(name, [5, 6, 7], seed=seed)])[0].ids
+        engine.release(name)
+        return ids
+
+    assert sample(0, 3) == sample(1, 3) != sample(2, 4)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+def test_logprobs_under_the_list_constraint(
+    engine: VLLMEngine,
+    model: PreTrainedModel,
+    word_tokenizer: PreTrainedTokenizerFast,
+    top_p: float,
+) -> None:
+    engine.sampling = SamplingConfig(top_p=top_p, max_turn_tokens=300, max_tokens=400)
+    lines = ListLines(engine.text, TITLES)
+    opening = word_tokenizer("User:" + LIST_OPEN, add_special_tokens=False).input_ids
+    items = [[1, 2, 3], [*range(1, 15)], [], [16]]
+    requests = [
+        Request(i, opening, seed=i, stop=(LIST_CLOSE,), constraint=lines.over(found))
+        for i, found in enumerate(items)
+    ]
+    for sample, found in zip(engine.generate(requests), items, strict=True):
+        assert sample.finish == "stop" and sample.stop == LIST_CLOSE
+        check_logprobs(model, opening, sample)
+        text = engine.text.decode(sample.ids)
+        titles = [line.split(". ", 1)[1] for line in text.split("\n")[1:-1]]
+        assert len(titles) == min(10, len(found))
+        assert set(titles) <= {TITLES[item - 1] for item in found}
+
+
+def test_greedy(engine: VLLMEngine, model: PreTrainedModel) -> None:
+    engine.sampling = replace(LONG, greedy=True)
+    prompt = random_ids(6, seed=0)
+    (sample,) = engine.generate([Request(0, prompt)])
+    context = torch.tensor([prompt + sample.ids])
+    with torch.no_grad():
+        best = model(context).logits[0, len(prompt) - 1 : -1].argmax(-1)
+    assert sample.ids == best.tolist()
+
+
+def test_weights_follow_the_policy_in_place(engine: VLLMEngine, model: PreTrainedModel) -> None:
+    prompt = random_ids(20, seed=0)
+    engine.generate([Request(0, prompt)])
+    with pytest.raises(RuntimeError, match="release"):
+        engine.sync_weights()
+    engine.release(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.2)
+    engine.sleep()
+    engine.sync_weights()
+    (sample,) = engine.generate([Request(1, prompt)])
+    check_logprobs(model, prompt, sample)
+    with pytest.raises(AssertionError):
+        check_logprobs(make_model(), prompt, sample)
+
+
+def test_a_dead_engine_is_an_error_and_can_be_started_again(
+    engine: VLLMEngine, model: PreTrainedModel
+) -> None:
+    # vLLM itself would wait for a killed process without end.
+    engine.options = replace(OPTIONS, timeout=20.0)
+    engine.submit(Request(0, random_ids(6, seed=0)))
+    for child in psutil.Process().children(recursive=True):
+        if "VLLM" in " ".join(child.cmdline()) or "VLLM" in child.name():
+            os.kill(child.pid, signal.SIGKILL)
+    with pytest.raises(EngineError, match=r"vLLM (failed|has not answered for 20 s)"):
+        while True:
+            engine.step()
+    engine.options = OPTIONS
+    engine.restart()
+    prompt = random_ids(6, seed=0)
+    (sample,) = engine.generate([Request(0, prompt)])
+    check_logprobs(model, prompt, sample)
+
+
+def test_a_training_step(tmp_path: Path) -> None:
+    """Temperature 0.7, conversations with the tool, constrained lists; then the next weights."""
+    world = rl_world.make_world(hidden=64)
+    world.warm_start(60)
+    sampling = SamplingConfig(temperature=0.7, top_p=1.0, max_turn_tokens=64, max_tokens=400)
+    engine = VLLMEngine(world.policy, world.engine.tokenizer, sampling, options=OPTIONS)
+    try:
+        config = RLConfig(steps=2, prompts_per_step=4, samples_per_prompt=2, train_batch=None)
+        rewards = rl_world.ToyRewards(lambda made: [float(item % 3) for item in made.ranked])
+        trainer = Trainer(world.policy, engine, world.env, rewards, config)
+        for line in trainer.train(world.requests):
+            assert line["updates"] == 1
+            assert line["logprob_difference"] < 1e-3
+            assert line["tool_calls"] > 0
+    finally:
+        engine.close()
