@@ -46,7 +46,7 @@ def test_smollm2_three_turns(table: Table, dtype: torch.dtype, tmp_path: Path) -
         talk = make_talk(len(tokenizer), prompt=24, observation=12, new=4, samples=2)
     else:
         model, tokenizer = load_policy(SMOLLM2, dtype=dtype)
-        talk = make_talk(49_000, prompt=512, observation=256, new=48, samples=8)
+        talk = make_talk(49_000, prompt=384, observation=192, new=32, samples=8)
     without_end(model)
     ends, tokenizer.eos_token = tokenizer.eos_token, None
     ours, engine = with_engine(model, tokenizer, talk)

@@ -86,6 +86,7 @@ class _Conversation:
     ids: list[int] = field(default_factory=list)
     turn: _Turn | None = None
     running: str | None = None  # vLLM's name for the request being computed
+    answered: bool = False  # whether a token of it has arrived
 
 
 class VLLMEngine:
@@ -149,7 +150,7 @@ class VLLMEngine:
         self._asked: dict[str, Hashable] = {}
         self._done: list[Sample] = []
         self._count = 0
-        self.cached_tokens = 0  # tokens of finished requests that the prefix cache held
+        self.cached_tokens = 0  # tokens of requests that vLLM's prefix cache held
         self._asleep = False
 
         place = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
@@ -370,7 +371,7 @@ class VLLMEngine:
                 "stop_token_ids": sorted(self._eos),
             }
         self._count += 1
-        conversation.running = str(self._count)
+        conversation.running, conversation.answered = str(self._count), False
         self._asked[conversation.running] = turn.request.conversation
         self._vllm.add_request(
             conversation.running,
@@ -393,8 +394,10 @@ class VLLMEngine:
         if conversation is None or conversation.turn is None:
             return  # computed before the news of its end arrived
         turn, (answer,) = conversation.turn, output.outputs
-        if output.finished:
+        if not conversation.answered:
             self.cached_tokens += output.num_cached_tokens or 0
+            conversation.answered = True
+        if output.finished:
             self._asked.pop(output.request_id)
             conversation.running = None
         if turn.state is not None:
