@@ -27,12 +27,12 @@ from deeprec.kernels.softmax import (
 # Columns a program of the forward pass goes through. A multiple of every BLOCK_V; small enough
 # that a few hundred rows of a 50,000-word vocabulary fill a large GPU.
 SPLIT = 4096
-# Two tiles: the larger reuses operands best, the smaller fills the GPU when rows are few. A thread
-# holds 32 outputs of either; with 64, float32 products (three in tf32) spill on sm_80.
-TILES = [
-    triton.Config({"BLOCK_T": 64, "BLOCK_V": 64}, num_warps=4, num_stages=3),
-    triton.Config({"BLOCK_T": 64, "BLOCK_V": 128}, num_warps=8, num_stages=3),
-]
+# Two tiles: the larger reuses operands best, the smaller fills the GPU when rows are few. Warps are
+# as many as keep float32 products (three in tf32) from spilling, on every target.
+LARGE = triton.Config({"BLOCK_T": 64, "BLOCK_V": 128}, num_warps=8, num_stages=3)
+SMALL = {"BLOCK_T": 64, "BLOCK_V": 64}
+FORWARD_TILES = [triton.Config(SMALL, num_warps=8, num_stages=3), LARGE]
+GRADIENT_TILES = [triton.Config(SMALL, num_warps=4, num_stages=3), LARGE]
 # Products of the backward pass: [BLOCK_M, BLOCK_N] outputs. Tuning runs a kernel many times, on the
 # first chunk and the first rows, where it overwrites its output: it may.
 PRODUCTS = [
@@ -94,7 +94,7 @@ def logits_tile(
     return tl.where(inside[None, :], acc, float("-inf"))
 
 
-@triton.autotune(configs=TILES, key=KEY)
+@triton.autotune(configs=FORWARD_TILES, key=KEY)
 @triton.jit
 def linear_forward(
     hidden,
@@ -210,7 +210,7 @@ def linear_merge(
         tl.store(entropy + one, tl.where(counted, spread, 0.0), mask=ours)
 
 
-@triton.autotune(configs=TILES, key=KEY)
+@triton.autotune(configs=GRADIENT_TILES, key=KEY)
 @triton.jit
 def linear_grad_logits(
     grad_values,

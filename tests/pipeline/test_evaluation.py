@@ -33,6 +33,9 @@ class Scripted:
         self.queue: list[Any] = []
         self.seen: dict[Any, str] = {}
 
+    def close(self) -> None:
+        pass
+
     def submit(self, request: Any) -> None:
         self.queue.append(request)
 

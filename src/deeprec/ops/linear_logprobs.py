@@ -93,7 +93,10 @@ def linear_logprobs(
     Raises:
         TypeError: a dtype does not fit, or weight is sharded.
         ValueError: a shape, device, temperature or backend does not fit.
-        IndexError: an id is out of range.
+        IndexError: an id is out of range, on a CPU.
+
+    On a GPU ids are not looked at, because that would wait for the device: in the kernels, one out
+    of range has log-prob NaN (−inf, perhaps, in a row limited by ``allowed``).
     """
     hidden, weight, token_ids, bias, mask = as_tensors(hidden, weight, token_ids, bias, mask)
     _check(hidden, weight, bias)

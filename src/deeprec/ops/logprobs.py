@@ -55,7 +55,10 @@ def gather_logprobs(
     Raises:
         TypeError: a dtype does not fit.
         ValueError: a shape, device, temperature or backend does not fit.
-        IndexError: an id is out of range.
+        IndexError: an id is out of range, on a CPU.
+
+    On a GPU ids are not looked at, because that would wait for the device: in the kernels, one out
+    of range has log-prob NaN (−inf, perhaps, in a row limited by ``allowed``).
     """
     logits, token_ids, mask = as_tensors(logits, token_ids, mask)
     check_floats("logits", logits)

@@ -66,7 +66,7 @@ def topk_retrieve(
     Raises:
         TypeError: a dtype does not fit.
         ValueError: a shape, device, k or backend does not fit, or a value is not finite.
-        IndexError: an excluded index is out of range.
+        IndexError: an excluded index is out of range, on a CPU.
 
     On a GPU no value is checked, because that would wait for the device: a query or item that is
     not finite makes its answer meaningless, an excluded index out of range excludes nothing.

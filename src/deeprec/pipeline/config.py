@@ -106,8 +106,8 @@ def _stages() -> list[StageConfig]:
         "credit": "list_item",
     }
     return [
-        StageConfig("stage1", reward="cold", steps=12, lr=1e-4, **shared),
-        StageConfig("stage2", reward="rec", steps=30, lr=5e-5, **shared),
+        StageConfig("stage1", reward="cold", steps=10, lr=2e-4, **shared),
+        StageConfig("stage2", reward="rec", steps=30, lr=1e-4, **shared),
     ]
 
 
@@ -140,7 +140,9 @@ class RunConfig:
         default_factory=lambda: SamplingConfig(max_turn_tokens=64, max_tokens=400)
     )
     rewards: RewardSection = field(default_factory=RewardSection)
-    rl: RLConfig = field(default_factory=lambda: RLConfig(train_batch=128, precision="bf16"))
+    rl: RLConfig = field(
+        default_factory=lambda: RLConfig(train_batch=128, precision="bf16", list_discount=0.0)
+    )
     max_rank: int = 100
     stages: list[StageConfig] = field(default_factory=_stages)
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -1,11 +1,14 @@
 """Which reward each token of a trajectory answers for.
 
 A trajectory is cut into segments. ``"sequence"`` credit has one: every policy token gets the
-total reward. ``"list_item"`` credit has one for each turn, one for the text between the last
-answer and the list, and one for each listed title. Each answers only for what it can still change:
+total reward. ``"list_item"`` credit has one for each decision to ask again or to close (the first
+token after each answer, and what leads from the last one to the list), one for each preference,
+and one for each listed title. Each answers only for what it can still change:
 
-- a turn, for the gains of the listed items that it or a later turn found. It is settled once the
-  target had been found before: asking again could not earn it any more;
+- a decision, for the total reward, compared with what the prompt's other trajectories made of as
+  many answers;
+- a preference, for the gains of the listed items that its turn or a later one found. It is settled
+  once the target had been found before: asking again could not earn it any more;
 - a listed title, for its own gain and, discounted, those after it. A list is settled once the
   target is listed, or when the target was never retrieved: nothing listed then can earn anything;
 - everything before the list, for the rewards that are not paid for listed items;
@@ -80,11 +83,13 @@ def list_item_credit(
     """Turns and listed titles answer for the gains they led to; see the module's text.
 
     ``gains[i]`` are the outcome rewards of trajectory i's listed titles in order, ``groups``
-    [n] says which trajectories share a prompt. Segments are the turns, the text before the list,
-    and the titles; ``discount`` is what a title answers of the gain of the next.
+    [n] says which trajectories share a prompt. With T turns at most, segments 0…T - 1 are the
+    preferences, T…2T the decisions after as many answers less T, and then come the titles;
+    ``discount`` is what a title answers of the gain of the next.
     """
     turns = max((len(trajectory.turns) for trajectory in trajectories), default=0)
-    width = turns + 1 + max((len(t.list_positions) for t in trajectories), default=0)
+    titles = 2 * turns + 1
+    width = titles + max((len(t.list_positions) for t in trajectories), default=0)
     segments = [_segments(trajectory, turns) for trajectory in trajectories]
     outcome = np.zeros((len(trajectories), width))
     is_open = np.zeros((len(trajectories), width), dtype=np.int64)
@@ -96,15 +101,15 @@ def list_item_credit(
                 f"got {len(gain)}"
             )
         rewards, paid = _rewards(trajectory), float(sum(gain))
-        asked, listed = slice(0, len(trajectory.turns)), slice(turns + 1, turns + 1 + len(gain))
+        asked, listed = slice(0, len(trajectory.turns)), slice(titles, titles + len(gain))
         outcome[row, asked] = _gains_of_turns(trajectory, gain)
         outcome[row, listed] = _discounted(gain, discount)
         if rewards.format == 0:  # a broken format earns nothing, whatever is found and listed
             is_open[row, asked] = _open_turns(trajectory, outcome[row, asked])
             is_open[row, listed] = _open_places(trajectory, _discounted(gain, 1.0))
         rest[row, :turns] = rewards.total - paid
-        rest[row, turns] = rewards.total
-        rest[row, turns + 1 :] = rewards.format
+        rest[row, turns:titles] = rewards.total
+        rest[row, titles:] = rewards.format
     baselined = center(outcome, groups, is_open)
     return Credit(baselined + rest, _count(segments, width), segments)
 
@@ -119,13 +124,17 @@ def _rewards(trajectory: Trajectory) -> Rewards:
 
 
 def _segments(trajectory: Trajectory, turns: int) -> NDArray[np.int64]:
-    """The turn of each token, ``turns`` from the last answer on, + k from the k-th title on."""
-    sampled = np.asarray(trajectory.policy_mask, dtype=np.int64)
-    answered = np.cumsum(np.diff(sampled, prepend=1) == -1)  # an answer begins
-    segments = np.where(answered < len(trajectory.turns), answered, turns)
-    for position in trajectory.list_positions:
-        segments[position:] += 1
-    segments[~choice_mask(trajectory)] = -1
+    """The segment of each token where there are ``turns`` turns at most, -1 for no choice."""
+    sampled, chosen = np.asarray(trajectory.policy_mask, dtype=np.int64), choice_mask(trajectory)
+    answers = np.cumsum(np.diff(sampled, prepend=1) == -1)  # begun before each token
+    asked = len(trajectory.turns)
+    segments = np.where(answers < asked, answers, turns + asked)
+    for answer in range(asked):
+        first = np.flatnonzero(chosen & (answers == answer))[:1]
+        segments[first] = turns + answer
+    for number, position in enumerate(trajectory.list_positions):
+        segments[position:] = 2 * turns + 1 + number
+    segments[~chosen] = -1
     return segments
 
 

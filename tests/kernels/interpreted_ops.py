@@ -1,0 +1,35 @@
+"""Triton's ops as torch sees them, in the interpreter.
+
+Top-k is one op for all backends, and its opcheck is a test of the op's own.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from deeprec.ops import linear_logprobs_triton, logprobs_triton  # noqa: F401, they define the ops
+
+# Two of four rows are limited to some tokens. All count: what is kept for the backward pass of a
+# row that does not is NaN, which opcheck holds to be unequal.
+IDS = torch.tensor([1, 4, 0, 2])
+ROWS = (None, torch.tensor([0, 0, 3, 3, 5]), torch.tensor([1, 4, 6, 0, 2]), True)
+
+
+def leaf(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(*shape, generator=generator).requires_grad_()
+
+
+# opcheck traces with symbols, whose warning about .grad of tensors that are no leaves is torch's.
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_triton_gather_logprobs_passes_opcheck() -> None:
+    op = torch.ops.deeprec.gather_logprobs_triton.default
+    torch.library.opcheck(op, (leaf(4, 7), IDS[:, None], 0.8, *ROWS))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_triton_linear_logprobs_passes_opcheck() -> None:
+    op = torch.ops.deeprec.linear_logprobs_triton.default
+    torch.library.opcheck(op, (leaf(4, 5), leaf(7, 5), IDS, leaf(7), 0.8, *ROWS))
