@@ -68,8 +68,12 @@ def test_older_devices_than_the_cuda_build_are_named(
     assert reason is None or reason in str(why)
 
 
-def test_cuda_evidence_files_agree() -> None:
+def test_cuda_evidence_is_of_these_sources_and_files_agree() -> None:
     stored = json.loads(evidence.RESULT.read_text())
+    assert stored["sources"] == evidence.sources_digest(), (
+        "csrc/cuda has changed: build, then run python tests/cuda/evidence.py"
+    )
+    assert evidence.problems(stored["kernels"]) == []
     assert stored["rooflines"] == evidence.rooflines()
     assert evidence.RESULT.with_suffix(".md").read_text() == evidence.markdown(stored)
     for by_architecture in stored["kernels"].values():
