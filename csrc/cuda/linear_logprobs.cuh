@@ -45,8 +45,9 @@ __device__ inline int tile_row(int slot) {
   return warp / 2 * kWarpRows + slot / 2 * 16 + slot % 2 * 8 + lane / 4;
 }
 
+// One block a multiprocessor is enough: registers for two would be spilled in float.
 template <class T, bool kEntropy>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, 1)
     linear_slice_kernel(OrderedProblem p, SliceSoftmax out, ScaledExp exp) {
   unsigned char* shared = dynamic_smem<unsigned char>();
   const int64_t first_row = int64_t(blockIdx.x) * kTile, count = p.counts[0];

@@ -124,9 +124,9 @@ __global__ void __launch_bounds__(kTileThreads)
   }
 }
 
-// Hidden gradient += D·W: rows along x, dimensions along y.
+// Hidden gradient += D·W: rows along x, dimensions along y. Registers as in linear_slice_kernel.
 template <class T>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, 1)
     hidden_gradient_kernel(OrderedProblem p, OrderedBackward io, BackwardWorkspace w, Part part) {
   unsigned char* shared = dynamic_smem<unsigned char>();
   const int64_t row = int64_t(blockIdx.x) * kTile, column = int64_t(blockIdx.y) * kTile;

@@ -58,8 +58,9 @@ __device__ PartialSoftmax join_block(PartialSoftmax softmax, PartialSoftmax* sha
   return softmax;
 }
 
+// Four blocks a multiprocessor leave a thread the registers it needs: none is spilled.
 template <class T, bool kEntropy>
-__global__ void __launch_bounds__(kGatherThreads)
+__global__ void __launch_bounds__(kGatherThreads, 4)
     gather_forward_kernel(GatherProblem p, GatherForward out, ScaledExp exp) {
   PartialSoftmax* shared = dynamic_smem<PartialSoftmax>();
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {

@@ -348,8 +348,9 @@ __device__ __forceinline__ int32_t least_dot(const EncodedQuery& q, const topk::
 }
 
 // Block (x, y): queries x kTiles 8 …, and the y-th part of the rows' blocks, one a warp at a time.
+// Three blocks a multiprocessor would spill registers with two tiles, too.
 template <int kTiles>
-__global__ void __launch_bounds__(kScanThreads, kTiles > 2 ? 2 : 3) topk_scan(const ScanJob job) {
+__global__ void __launch_bounds__(kScanThreads, 2) topk_scan(const ScanJob job) {
   constexpr int kQueries = kTiles * 8;
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   int32_t* least = dynamic_smem<int32_t>() + warp * kQueries;  // products that matter, by query

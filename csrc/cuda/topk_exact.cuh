@@ -82,9 +82,10 @@ struct DirectJob {
   Key* parts;  // [count, gridDim.y, k]
 };
 
-// Block (x, y) has queries x kQueries … and the y-th part of the items.
+// Block (x, y) has queries x kQueries … and the y-th part of the items. Blocks a multiprocessor:
+// as many as there are registers for without spilling.
 template <class T, int kQueries>
-__global__ void __launch_bounds__(DirectShape<kQueries>::kThreads)
+__global__ void __launch_bounds__(DirectShape<kQueries>::kThreads, kQueries > 4 ? 1 : 4)
     topk_direct(const DirectJob job) {
   using Shape = DirectShape<kQueries>;
   const int slots = list_slots<WarpGroup>(job.k);

@@ -1,7 +1,7 @@
 """Fixtures that run ``backend="cuda"`` on the CPU emulator.
 
-``emulated`` runs one schedule; ``every_schedule`` repeats the test under all of them. Whatever
-uses either is also run under the sanitizers, by test_emulator_sanitized.py.
+``emulated`` runs one schedule; ``every_schedule`` repeats the test under all of them. With
+``--emulator address`` either runs kernels compiled with AddressSanitizer.
 """
 
 from __future__ import annotations

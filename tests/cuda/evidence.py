@@ -128,7 +128,7 @@ def demangled(names: list[str]) -> dict[str, str]:
     short = {}
     for mangled, full in zip(names, text.splitlines(), strict=True):
         name = re.sub(r"\(anonymous namespace\)::|deeprec::(cuda::)?(trm::)?|^void ", "", full)
-        short[mangled] = re.sub(r"\((?!int\)|bool\)).*$", "", name.replace("(bool)", ""))
+        short[mangled] = re.sub(r"\((?!int\)|bool\)|Epilogue\)).*$", "", name.replace("(bool)", ""))
     return short
 
 
