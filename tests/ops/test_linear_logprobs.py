@@ -18,6 +18,10 @@ def case(rows=37, size=45, vocabulary=301, dtype=torch.float32, weight_dtype=Non
     return hidden, weight, torch.randint(0, vocabulary, (rows,), generator=generator)
 
 
+def some_bias(vocabulary):
+    return torch.randn(vocabulary, generator=torch.Generator().manual_seed(3))
+
+
 def some_allowed(ids, vocabulary):
     """Every third row unrestricted, the others 1 to 40 ids around the chosen one."""
     rows = [
@@ -58,7 +62,7 @@ def check_against_double(run, hidden, weight, bias, tolerance):
 @pytest.mark.parametrize(("dtype", "weight_dtype"), list(itertools.product(DTYPES, DTYPES)))
 def test_values_and_gradients(backend, dtype, weight_dtype):
     hidden, weight, ids = case(dtype=dtype, weight_dtype=weight_dtype)
-    bias = torch.randn(len(weight))
+    bias = some_bias(len(weight))
     tolerance = 1e-5 if dtype == weight_dtype == torch.float32 else 1e-2
 
     def run(h, w, b, backend=backend):
@@ -74,7 +78,7 @@ def test_mask_and_allowed(backend, dtype):
     allowed = some_allowed(ids, len(weight))
     mask = torch.arange(64) % 5 != 0
     ids[~mask] = -100
-    bias = torch.randn(len(weight)).to(dtype)
+    bias = some_bias(len(weight)).to(dtype)
 
     def run(h, w, b, backend=backend):
         return linear_logprobs(
@@ -91,7 +95,7 @@ def test_mask_and_allowed(backend, dtype):
 )
 def test_odd_shapes(backend, rows, size, vocabulary):
     hidden, weight, ids = case(rows, size, vocabulary)
-    bias = torch.randn(vocabulary)
+    bias = some_bias(vocabulary)
 
     def run(h, w, b, backend=backend):
         return linear_logprobs(h, w, ids, bias=b, entropy=True, backend=backend)
@@ -211,7 +215,7 @@ def test_gradient_checkpointing(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_into_one_graph(backend):
     hidden, weight, ids = case()
-    bias = torch.randn(len(weight))
+    bias = some_bias(len(weight))
 
     def run(h, w, b):
         return linear_logprobs(h, w, ids, bias=b, entropy=True, backend=backend)

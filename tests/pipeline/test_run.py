@@ -132,11 +132,15 @@ def test_a_killed_run_goes_on_and_completes(tiny_config: Path, tmp_path: Path) -
 
 
 def test_ctrl_c_says_how_to_go_on(tiny_config: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    process = start(tiny_config, out)
-    wait_for(process, (out / "stages" / "pretrained").exists)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
+    # An interrupt that lands in a destructor, or in a library's bare except, is lost: try again.
+    for attempt in range(3):
+        out = tmp_path / f"run{attempt}"
+        process = start(tiny_config, out)
+        wait_for(process, (out / "stages" / "pretrained").exists)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=120)
+        if process.returncode != 0:
+            break
     assert process.returncode == 130
     assert "--resume" in errors and str(out) in errors and "Traceback" not in errors
 
