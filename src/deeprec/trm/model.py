@@ -208,7 +208,8 @@ class PreferenceAwareTRM(nn.Module):
         """The parameters prepared for inference; the same object until they change.
 
         ``dtype`` torch.bfloat16 keeps weights in half the memory and multiplies them with the
-        machine's bf16 instructions where it has them: faster, user vectors differ by about 1%.
+        machine's bf16 instructions where it has them: faster, and less exact
+        (docs/BENCHMARKS.md has the ranking loss on a trained model).
         """
         packed = self._packs.get(dtype)
         if packed is None or not packed.fresh:
