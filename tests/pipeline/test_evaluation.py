@@ -57,8 +57,11 @@ class Scripted:
             text = f"{protocol.PREFERENCE_OPEN}{wish}{protocol.PREFERENCE_CLOSE}"
             stop = protocol.PREFERENCE_CLOSE
         else:
-            shown = (before + told).split(protocol.ITEMS_OPEN)[1].split(protocol.ITEMS_CLOSE)[0]
-            text, stop = shown + protocol.LIST_CLOSE, protocol.LIST_CLOSE
+            answers = (before + told).split(protocol.ITEMS_OPEN)[1:]
+            shown = [line for a in answers for line in a.split(protocol.ITEMS_CLOSE)[0].split("\n")]
+            titles = [line.partition(". ")[2] for line in shown if line][: protocol.LIST_LENGTH]
+            lines = [f"\n{n + 1}. {title}" for n, title in enumerate(titles)]
+            text, stop = "".join(lines) + "\n" + protocol.LIST_CLOSE, protocol.LIST_CLOSE
             if not opened:
                 text = f"{protocol.THINK_CLOSE}\n{protocol.LIST_OPEN}{text}"
         (ids,) = self.text.encode([text])
@@ -114,7 +117,7 @@ def dataset(shop: Path) -> Dataset:
 @pytest.fixture
 def parts(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Parts:
     """Parts whose policy is scripted and whose encoder listens."""
-    config = RunConfig(environment=EnvironmentConfig(k=10, max_calls=3))
+    config = RunConfig(environment=EnvironmentConfig(k=5, max_calls=3))
     made = Parts(config, RunFolder(tmp_path))
     made.dataset = dataset
     made.preferences = Asked()  # type: ignore[assignment]
@@ -180,6 +183,8 @@ def test_ablations_change_what_the_recommender_is_asked(parts: Parts, requests: 
     single, once = made["single"]
     assert once == [FIRST] * 6
     assert all(len(talk.turns) == 1 and talk.finish == "done" for talk in single)
+    # As many items at once as all turns may find.
+    assert all(len(talk.turns[0].retrieved) == 15 for talk in single)
     assert all(len(talk.ranked) == 10 for talk in single)
 
 

@@ -9,9 +9,11 @@ from typing import Any, Literal
 from deeprec.data import DataConfig
 from deeprec.policy.model import TitlePolicyConfig
 from deeprec.policy.pretrain import PretrainConfig
+from deeprec.policy.tokenizer import RANK
 from deeprec.policy.warmstart import WarmStartConfig
 from deeprec.rewards.config import ListwiseReward
 from deeprec.rl.config import RLConfig, StageConfig
+from deeprec.rollout import protocol
 from deeprec.rollout.environment import EnvironmentOptions
 from deeprec.rollout.types import SamplingConfig
 from deeprec.rollout.vllm_engine import VLLMOptions
@@ -19,6 +21,10 @@ from deeprec.text import EncoderConfig
 from deeprec.trm import TRMTrainConfig
 
 __all__ = ["EnvironmentConfig", "EvalConfig", "PolicyConfig", "RewardSection", "RunConfig", "plain"]
+
+
+# What an environment appends to its last answer, to open the final list itself.
+OPEN_LIST = f"{RANK}\n{protocol.THINK_CLOSE}\n{protocol.LIST_OPEN}"
 
 
 @dataclass
@@ -50,16 +56,20 @@ class EnvironmentConfig:
     """The tool. The paper's setting is 20 items a call and 8 calls, with categories shown.
 
     Args:
-        k: items a call returns; 10 keep the small policy's conversations near 100 tokens, and
-            leave more for the preferences to decide.
-        max_calls: calls a conversation may make.
+        k: items a call returns. With 5 the preferences decide what is found: on validation three
+            calls found what ranks 0.176 at best, three calls without preferences 0.167, and with
+            those of another user 0.155 (NDCG@10). With 10 a call it hardly mattered.
+        max_calls: calls a conversation may make. The answer to the last one opens the list, so
+            that nobody asks in vain.
         options: see :class:`deeprec.rollout.EnvironmentOptions`.
     """
 
-    k: int = 10
-    max_calls: int = 4
+    k: int = 5
+    max_calls: int = 3
     options: EnvironmentOptions = field(
-        default_factory=lambda: EnvironmentOptions(show_categories=False, constrain_list=True)
+        default_factory=lambda: EnvironmentOptions(
+            show_categories=False, constrain_list=True, closing=OPEN_LIST
+        )
     )
 
 

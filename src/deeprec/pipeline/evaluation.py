@@ -32,13 +32,9 @@ from deeprec.pipeline.console import heading
 from deeprec.pipeline.parts import Parts
 from deeprec.pipeline.stages import INITIAL, PRETRAINED, recall_at
 from deeprec.policy.pretrain import next_item_logits
-from deeprec.policy.tokenizer import RANK
 from deeprec.rollout import PreferenceOverride, ToolCall, Trajectory, protocol, rollout
 
 __all__ = ["evaluate_run"]
-
-# What opens the final list when the policy gets a single turn.
-CLOSING = f"{RANK}\n{protocol.THINK_CLOSE}\n{protocol.LIST_OPEN}"
 
 
 def evaluate_run(parts: Parts) -> dict[str, Any]:
@@ -74,7 +70,7 @@ def evaluate_run(parts: Parts) -> dict[str, Any]:
     if config.eval.all_users:
         heading("Evaluating the final policy on all users")
         results["all_users"] = _all_users(parts, everyone, last)
-    k = config.environment.k
+    k = protocol.LIST_LENGTH
     results["training_recommender"] = {
         f"recall@{k}_on_rl_targets": recall_at(parts, "rl", k),
         f"recall@{k}_on_validation": recall_at(parts, "valid", k),
@@ -110,15 +106,18 @@ def _baselines(parts: Parts, requests: Requests) -> dict[str, UserMetrics]:
 
 
 def _language_model(parts: Parts, requests: Requests) -> dict[str, UserMetrics]:
-    """The pre-trained language model alone, and re-ranking the recommender's first list."""
+    """The pre-trained language model alone, and re-ranking what the recommender finds.
+
+    It gets as many items as all turns of a conversation bring.
+    """
     exclude = parts.config.eval.exclude_history
     model = parts.load_stage(PRETRAINED)
     logits = next_item_logits(model, parts.title_prompts, requests, exclude_history=exclude)
     calls = [ToolCall(row, 0, "") for row in range(len(requests))]
-    answers = parts.environment("valid").observe(requests, calls)
+    answers = parts.environment("valid", single_turn=True).observe(requests, calls)
     shown = pad_sequence([torch.tensor(answer.items) for answer in answers], batch_first=True)
     order = logits.gather(1, shown).argsort(dim=1, descending=True, stable=True)
-    reranked = shown.gather(1, order).numpy()
+    reranked = shown.gather(1, order)[:, : protocol.LIST_LENGTH].numpy()
     top = logits.topk(protocol.LIST_LENGTH).indices.numpy()
     return {
         "lm": evaluate_ranking(top, requests.targets, users=requests.users),
@@ -136,12 +135,7 @@ def _talk(
 ) -> list[Trajectory]:
     """One greedy conversation a user with the policy of a stage."""
     sampling = replace(parts.config.sampling, greedy=True)
-    env = parts.environment(
-        "valid",
-        override=override,
-        max_calls=1 if single_turn else None,
-        closing=CLOSING if single_turn else "",
-    )
+    env = parts.environment("valid", override=override, single_turn=single_turn)
     with closing(parts.engine(parts.load_stage(stage), sampling)) as engine:
         return rollout(engine, env, requests, samples_per_user=1, seed=parts.config.seed)
 

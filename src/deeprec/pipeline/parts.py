@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deeprec.data import Dataset, Requests, load_dataset
-from deeprec.pipeline.config import RunConfig
+from deeprec.pipeline.config import OPEN_LIST, RunConfig
 from deeprec.pipeline.folder import RunFolder
 from deeprec.policy.load import load_policy
 from deeprec.policy.prompts import TitlePrompt, TitleTokens
@@ -102,20 +103,24 @@ class Parts:
         holdout: Literal["rl", "valid"],
         *,
         override: PreferenceOverride | None = None,
-        max_calls: int | None = None,
-        closing: str = "",
+        single_turn: bool = False,
     ) -> RetrievalEnvironment:
-        """The tool, answering with one of the recommenders."""
+        """The tool, answering with one of the recommenders.
+
+        In a single turn it answers once, with as many items as all turns would bring, and opens
+        the list.
+        """
         section = self.config.environment
-        options = section.options
-        if closing:
-            options = type(options)(**{**vars(options), "closing": closing})
+        k, max_calls, options = section.k, section.max_calls, section.options
+        if single_turn:
+            k, max_calls = k * max_calls, 1
+            options = replace(options, closing=OPEN_LIST)
         return RetrievalEnvironment(
             self.trm(holdout),
             self.dataset.catalog,
             self.preferences,
-            k=section.k,
-            max_calls=section.max_calls if max_calls is None else max_calls,
+            k=k,
+            max_calls=max_calls,
             prompts=self.prompts,
             options=options,
             preference_override=override,

@@ -10,6 +10,7 @@ No held-out item is looked at: the targets are beliefs, not what the user did.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -45,8 +46,8 @@ class WarmStartConfig:
         learning_rate: peak; linear warm-up over 5% of the updates, linear decay to a tenth.
         tokens_per_batch: padded tokens of one update; the protocol is learnt by many small ones
             (100% valid after 380 updates, hardly any after 100 of four times the size).
-        max_turns: conversations have 1 to this many tool calls, so that asking often is left to
-            reinforcement learning.
+        max_turns: conversations have as many tool calls as fill a list to this many, so that
+            asking often is left to reinforcement learning.
         titles: titles a preference names.
         temperature: of the beliefs, in preferences and in the list. Preferences drawn at 1.0 are
             too vague for a recommender to rely on: trained on them it gained 0.002 NDCG@10 from
@@ -103,15 +104,15 @@ class _TitleDue:
 def preference_from_titles(
     catalog: Catalog, items: npt.NDArray[np.int64], rng: random.Random
 ) -> str:
-    """A preference that names ``items`` and some of their categories and years.
+    """A preference that names ``items``, one of their categories and the first one's decade.
 
-    For example ``Drama; Sci-Fi; 2013; like Gravity (2013); like Elysium (2013)``.
+    For example ``Sci-Fi; 2010s; like Gravity (2013); like Elysium (2013)``.
     """
     categories = list(dict.fromkeys(c for item in items for c in catalog.categories[item - 1]))
-    phrases = rng.sample(categories, min(len(categories), rng.randint(1, 2)))
-    years = [year for year in (catalog.year(int(item)) for item in items) if year is not None]
-    if years and rng.random() < 0.5:
-        phrases.append(str(rng.choice(years)))
+    phrases = [rng.choice(categories)] if categories else []
+    year = catalog.year(int(items[0]))
+    if year is not None:
+        phrases.append(f"{year // 10 * 10}s")
     phrases += [LIKE + catalog.title(int(item)) for item in items]
     return PHRASE_SEPARATOR.join(phrases)
 
@@ -167,7 +168,9 @@ class _Writer:
             talk = _Conversation([])
             talk.unlearnt(self.prompts.build(requests, row))
             talks.append(talk)
-        turns = self.draws.integers(1, self.config.max_turns + 1, len(requests))
+        # Enough turns to fill a list.
+        fewest = min(math.ceil(protocol.LIST_LENGTH / self.env.k), self.config.max_turns)
+        turns = self.draws.integers(fewest, self.config.max_turns + 1, len(requests))
         for turn in range(self.config.max_turns):
             self._turn(turn, requests, beliefs, talks, np.flatnonzero(turns > turn))
         for row, talk in enumerate(talks):
@@ -266,15 +269,18 @@ def _loss(
     places = [(row, due) for row, talk in enumerate(talks) for due in talk.titles]
     rows = [row for row, _ in places]
     positions = [due.position - 1 for _, due in places]
-    open_ = np.ones((len(places), len(titles)), dtype=bool)
+    offered = np.ones((len(places), len(titles)), dtype=bool)
+    wanted = np.ones((len(places), len(titles)), dtype=bool)
     for place, (_, due) in enumerate(places):
+        wanted[place, due.without] = False
         if due.among is not None:
-            open_[place] = False
-            open_[place, due.among] = True
-        open_[place, due.without] = False
-    open_[:, 0] = False
-    closed = torch.from_numpy(~open_)
-    target = torch.from_numpy(beliefs[rows]).masked_fill_(closed, -torch.inf).softmax(-1)
+            offered[place] = False
+            offered[place, due.among] = True
+            offered[place, due.without] = False  # as in constrained decoding
+    offered[:, 0] = False
+    closed = torch.from_numpy(~offered)
+    unwanted = torch.from_numpy(~(offered & wanted))
+    target = torch.from_numpy(beliefs[rows]).masked_fill_(unwanted, -torch.inf).softmax(-1)
     scores = (hidden[rows, positions] @ weight[titles].T).masked_fill(closed, -torch.inf)
     soft = -(target * F.log_softmax(scores, -1).masked_fill(closed, 0.0)).sum(-1)
     return (hard.sum() + soft.sum()) / (len(hard) + len(soft))

@@ -25,24 +25,24 @@ class PreferenceMix:
     Beside its preference every example is learnt without one as well.
     """
 
-    target: float = 0.2
+    target: float = 0.7
     """About the target's categories and year, and titles like it."""
-    history: float = 0.55
+    history: float = 0.2
     """About the user's last items."""
-    wrong: float = 0.25
+    wrong: float = 0.1
     """About the target of somebody else."""
-    noise: float = 0.3
+    noise: float = 0.2
     """Share of the phrases about a target that are about the history instead."""
-    named: float = 0.1
+    named: float = 0.7
     """Share of a target's "like …" phrases that name the target itself."""
     max_phrases: int = 4
     kinds: dict[str, float] = field(
         default_factory=lambda: {
-            "category": 0.45,
-            "year": 0.1,
-            "decade": 0.15,
+            "category": 0.25,
+            "year": 0.05,
+            "decade": 0.05,
             "word": 0.05,
-            "like": 0.25,
+            "like": 0.6,
         }
     )
     """Relative frequency of each kind of phrase."""
