@@ -56,11 +56,15 @@ void bind_topk(py::module_& m) {
       .def(py::init(&item_rows), py::arg("data"), py::arg("count"), py::arg("dim"),
            py::arg("stride"), py::arg("dtype"));
   py::class_<Prefilter>(m, "Prefilter")
-      .def(py::init([](uintptr_t codes, uintptr_t bounds, uintptr_t order, uintptr_t center) {
-             return Prefilter{pointer<uint8_t>(codes), pointer<BlockBound>(bounds),
-                              pointer<const uint32_t>(order), pointer<const double>(center)};
+      .def(py::init<>())
+      .def(py::init([](uintptr_t codes, uintptr_t bounds, uintptr_t order, uintptr_t center,
+                       int64_t centers, uintptr_t cluster) {
+             return Prefilter{pointer<uint8_t>(codes),         pointer<BlockBound>(bounds),
+                              pointer<const uint32_t>(order),  pointer<const double>(center),
+                              centers,                         pointer<const int32_t>(cluster)};
            }),
-           py::arg("codes"), py::arg("bounds"), py::arg("order"), py::arg("center"));
+           py::arg("codes"), py::arg("bounds"), py::arg("order"), py::arg("center"),
+           py::arg("centers"), py::arg("cluster"));
   m.def("advise_huge_pages", [](uintptr_t data, int64_t bytes) {
     advise_huge_pages(pointer<void>(data), bytes);
   });

@@ -35,7 +35,14 @@ struct Prefilter {
   uint8_t* codes = nullptr;          // [blocks, quads, 32, 4]
   BlockBound* bounds = nullptr;      // [blocks]
   const uint32_t* order = nullptr;   // [count] item stored at each position
-  const double* center = nullptr;    // [dim] subtracted from every row before coding
+  const double* center = nullptr;    // [centers, dim] one is subtracted from every row before coding
+  int64_t centers = 0;
+  const int32_t* cluster = nullptr;  // [blocks] which; nullptr: the first
+
+  // nullptr: nothing is subtracted.
+  const double* center_of(int64_t block, int64_t dim) const {
+    return center ? center + (cluster ? cluster[block] : 0) * dim : nullptr;
+  }
 };
 
 struct Index {

@@ -1,7 +1,7 @@
 // The 8-bit codes of an index, and why they lose nothing.
 //
-// A row x is centred, rotated and rounded: y = R(x - m), codes v = round(y * r) with one r a
-// block, decoded y' = v / r. A query q is rotated and rounded: z = Rq, codes u = round(z / s),
+// A row x is centred, rotated and rounded: y = R(x - m), codes v = round(y * r) with one m and one
+// r a block, decoded y' = v / r. A query q is rotated and rounded: z = Rq, codes u = round(z / s),
 // z' = s u. R is orthogonal, so over the reals q.x = q.m + z.y, and by Cauchy-Schwarz
 //
 //   |z.y - z'.y'| = |z'.(y - y') + (z - z').y| <= |z'| |y - y'| + |z - z'| |y|.             (1)
@@ -9,7 +9,7 @@
 // Everything is computed in fp64 (unit u = 2^-53), which adds, with p = D rounded up:
 //   - x - m: u (|x| + |m|); R: 2 (log2 p + 1) roundings, each u relative to the norm; the same
 //     for z. Both change z.y by at most (4 log2 p + 6) u |q| (|x| + |m|);
-//   - q.m, summed in order: D u |q| |m|;
+//   - q.m, summed in any order: D u |q| |m|;
 //   - the score itself, eight lanes: (D / 8 + 4) u |q| |x|.
 // Together less than (2 D + 64) u |q| (|x| + |m|), doubled below for second-order terms. Since
 // |z'| >= 127 s and |z - z'| <= s sqrt(D) / 2, |q| <= |z'| (1 + sqrt(D) / 254) up to rounding, so
@@ -68,7 +68,6 @@ class BlockEncoder {
   BlockEncoder(const ItemRows& rows, const Prefilter& filter)
       : rows_(rows), filter_(filter), shape_(code_shape(rows.dim)),
         slack_((double(rows.dim) + 32) * 0x1p-51 * (1 + std::sqrt(double(rows.dim)) / 254)),
-        center_norm_(filter.center ? norm_of(filter.center, rows.dim) : 0),
         vectors_(size_t(kBlockRows * rows.dim)) {}
 
   void encode(int64_t block) {
@@ -76,6 +75,8 @@ class BlockEncoder {
     std::memset(codes, 128, size_t(shape_.quads * kBlockRows * 4));
     const int64_t first = block * kBlockRows;
     const int64_t n = std::min(kBlockRows, rows_.count - first);
+    const double* center = filter_.center_of(block, rows_.dim);
+    const double center_norm = center ? norm_of(center, rows_.dim) : 0;
     double peak = kSmallestPeak, norm = 0, size = 0;
     for (int64_t r = 0; r < n; ++r) {
       double* y = &vectors_[size_t(r * rows_.dim)];
@@ -84,12 +85,12 @@ class BlockEncoder {
       for (int64_t d = 0; d < rows_.dim; ++d) {
         const double x = element(rows_, row, d);
         squares += x * x;
-        y[d] = filter_.center ? x - filter_.center[d] : x;
+        y[d] = center ? x - center[d] : x;
       }
       rotate(y, rows_.dim);
       for (int64_t d = 0; d < rows_.dim; ++d) peak = std::max(peak, std::fabs(y[d]));
       norm = std::max(norm, norm_of(y, rows_.dim));
-      size = std::max(size, std::sqrt(squares) + center_norm_);
+      size = std::max(size, std::sqrt(squares) + center_norm);
     }
     // The fp32 number itself is the scale; at most 127 after rounding because it is rounded down.
     const float inverse_scale = std::nextafterf(float(127.0 / peak), 0.0f);
@@ -115,7 +116,7 @@ class BlockEncoder {
   ItemRows rows_;
   Prefilter filter_;
   CodeShape shape_;
-  double slack_, center_norm_;
+  double slack_;
   std::vector<double> vectors_;
 };
 

@@ -61,9 +61,6 @@ void Queries::code(int64_t query) {
   CodedQuery& coded = coded_[size_t(query)];
   int8_t* codes = &codes_[size_t(query * code_bytes_)];
   std::vector<double> z(coded.exact, coded.exact + dim);
-  coded.shift = 0;
-  if (index_.filter.center)
-    for (int64_t d = 0; d < dim; ++d) coded.shift += z[size_t(d)] * index_.filter.center[d];
   rotate(z.data(), dim);
   double peak = 0;
   for (double x : z) peak = std::max(peak, std::fabs(x));

@@ -16,7 +16,6 @@ struct CodedQuery {
   double scale;         // s: codes * s approximate the rotated query
   double norm, error;   // |z'| / s and |z - z'| / s
   double offset;        // 128 * sum(codes)
-  double shift;         // q . center
 };
 
 class Queries {

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from deeprec import _C
 from deeprec.ops import index_file
+from deeprec.ops.centers import find_centers, row_norms, stored_order
 from deeprec.ops.seen import SeenItems
 from deeprec.ops.topk import (
     TopK,
@@ -31,15 +32,8 @@ PrefilterChoice = Literal["auto", "none"]
 MAX_CODED_DIM = 65536
 # Fewer rows are scanned exactly in any case.
 MIN_CODED_ROWS = 512
-# Rows are sorted by norm into classes this many to a factor of two (9% wide): blocks of similar
-# norm share a scale well, and rows of one class keep their order.
-NORM_CLASSES = 8
-# A common part is taken out of the rows if that shortens them by a tenth; rows beyond twice the
-# median norm have no say in it.
-CENTER_GAIN = 0.9
-OUTLIER = 2.0
-# Rows handled at once where a float32 copy is needed.
-CHUNK = 65536
+# What the prefilter consists of, as the kernels want it.
+TABLE = ("codes", "bounds", "order", "center", "cluster")
 
 
 @dataclass(frozen=True)
@@ -172,8 +166,7 @@ class ItemIndex:
         index.metric = settings["metric"]
         index.prefilter = settings["prefilter"]
         index._items = tensors["items"]
-        names = ("codes", "bounds", "order", "center")
-        index._table = [tensors[name] for name in names] if "codes" in tensors else None
+        index._table = [tensors[name] for name in TABLE] if "codes" in tensors else None
         index._rescored = torch.empty(0, dtype=torch.int64)
         return index
 
@@ -184,7 +177,11 @@ class ItemIndex:
         moved = ItemIndex.__new__(ItemIndex)
         moved.metric, moved.prefilter = self.metric, self.prefilter
         moved._items = self._items.to(device)
-        moved._table = self._table and [tensor.to(device) for tensor in self._table]
+        moved._table = None
+        if self._table is not None and len(self._table[4]):
+            moved._build()
+        elif self._table is not None:
+            moved._table = [tensor.to(device) for tensor in self._table]
         moved._rescored = self._rescored[:0]
         return moved
 
@@ -222,7 +219,7 @@ class ItemIndex:
         if self.metric == "cosine":
             normalized: Tensor = torch.ops.deeprec.normalize_rows(items, name)
             return normalized
-        bad = (~torch.isfinite(_norms(items, None))).nonzero()
+        bad = (~torch.isfinite(row_norms(items, None))).nonzero()
         if len(bad):
             raise ValueError(
                 f"{name}: row {int(bad[0])} holds NaN or infinity; every row must be finite"
@@ -241,24 +238,23 @@ class ItemIndex:
             and self.dim <= MAX_CODED_DIM
         )
 
-    def _build(self) -> None:
+    def _build(self, *, clusters: bool = True) -> None:
         if self._items.device.type != "cpu":
             host = ItemIndex.__new__(ItemIndex)
             host._items = self._items.cpu()
-            host._build()
+            host._build(clusters=False)  # kernels elsewhere know one center
             assert host._table is not None
             self._table = [tensor.to(self._items.device) for tensor in host._table]
             return
-        norms = _norms(self._items, None)
-        center = _center(self._items, norms)
-        if center is not None:
-            norms = _norms(self._items, center)
+        centers = find_centers(self._items, clusters=clusters)
         blocks, quads, block_rows = _C.topk_code_shape(len(self), self.dim)
+        order, cluster = stored_order(self._items, centers, block_rows)
         self._table = [
             _fresh(blocks, quads, block_rows, 4, dtype=torch.uint8),
             torch.empty(blocks, 3),
-            _order(norms),
-            torch.empty(0, dtype=torch.float64) if center is None else center,
+            order,
+            centers.points,
+            cluster,
         ]
         self._encode(torch.arange(blocks))
 
@@ -274,7 +270,7 @@ class ItemIndex:
     def _state(self) -> dict[str, Tensor]:
         state = {"items": self._items}
         if self._table is not None:
-            state |= zip(("codes", "bounds", "order", "center"), self._table, strict=True)
+            state |= zip(TABLE, self._table, strict=True)
         return state
 
 
@@ -287,39 +283,3 @@ def _fresh(*shape: int, dtype: torch.dtype) -> Tensor:
 
 def _block_rows(items: Tensor) -> int:
     return int(_C.topk_code_shape(*items.shape)[2])
-
-
-def _norms(items: Tensor, center: Tensor | None) -> Tensor:
-    """float64 ``[N]``, |row − center|."""
-    if items.device.type != "cpu":
-        return items.double().norm(dim=1)
-    norms = torch.empty(len(items), dtype=torch.float64)
-    _C.topk_row_norms(
-        item_rows(items),
-        0 if center is None else center.data_ptr(),
-        norms.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return norms
-
-
-def _center(items: Tensor, norms: Tensor) -> Tensor | None:
-    """The common part of the rows, float64 ``[D]``, if taking it out shortens them enough."""
-    usual = norms <= OUTLIER * norms.median()
-    total = torch.zeros(items.shape[1], dtype=torch.float64)
-    for start in range(0, len(items), CHUNK):
-        rows = items[start : start + CHUNK].float()
-        total += (usual[start : start + CHUNK].float() @ rows).double()
-    center = total / usual.sum()
-    if not bool(torch.isfinite(center).all()):
-        return None
-    gained = _norms(items, center)[usual].mean() < CENTER_GAIN * norms[usual].mean()
-    return center if bool(gained) else None
-
-
-def _order(norms: Tensor) -> Tensor:
-    """Item at each position, by descending class of norm; empty if that is the given order."""
-    classes = (norms.clamp(min=1e-300).log2() * NORM_CLASSES).floor().to(torch.int16)
-    if bool((classes.diff() <= 0).all()):
-        return torch.empty(0, dtype=torch.int32)
-    return classes.argsort(descending=True, stable=True).to(torch.int32)

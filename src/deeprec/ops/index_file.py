@@ -20,7 +20,7 @@ from torch import Tensor
 __all__ = ["read", "write"]
 
 FORMAT = "deeprec.ItemIndex"
-VERSION = "2"
+VERSION = "3"
 LINE = 64
 DTYPES = {
     torch.float64: "F64",
@@ -31,9 +31,9 @@ DTYPES = {
     torch.uint8: "U8",
 }
 # Codes come first, on a cache line, then wider elements before narrower ones: all are aligned.
-ORDER = ("codes", "center", "bounds", "order", "items")
+ORDER = ("codes", "center", "bounds", "order", "cluster", "items")
 REQUIRED = {"items": ("F32", "BF16", "F16")}
-TABLE = {"codes": "U8", "bounds": "F32", "order": "I32", "center": "F64"}
+TABLE = {"codes": "U8", "bounds": "F32", "order": "I32", "center": "F64", "cluster": "I32"}
 SETTINGS = {"metric": ("ip", "cosine"), "prefilter": ("auto", "none")}
 CHUNK = 1 << 24
 
@@ -161,11 +161,13 @@ def _check_entries(entries: dict[str, Any], metadata: dict[str, Any], size: int)
     if set(entries) != {"items", *TABLE}:
         raise ValueError("an incomplete prefilter")
     blocks, quads, block_rows = _C.topk_code_shape(rows, dim)
+    centers = entries["center"]["shape"][0]
     shapes = {
         "codes": ([blocks, quads, block_rows, 4],),
         "bounds": ([blocks, 3],),
         "order": ([0], [rows]),
-        "center": ([0], [dim]),
+        "center": ([centers, dim],),
+        "cluster": ([blocks] if centers > 1 else [0],),
     }
     for name, dtype in TABLE.items():
         if entries[name]["dtype"] != dtype or entries[name]["shape"] not in shapes[name]:

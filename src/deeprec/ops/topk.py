@@ -143,7 +143,8 @@ def check_search(
 # ---- the op ----
 
 _LIBRARY = torch.library.Library("deeprec", "FRAGMENT")
-# table: none, or [codes, bounds, order, center] of an index's prefilter, the last two maybe empty.
+# table: none, or [codes, bounds, order, center, cluster] of an index's prefilter, the last three
+# maybe empty.
 _LIBRARY.define(
     "topk(Tensor queries, Tensor items, Tensor[]? table, Tensor? offsets, Tensor? ids, "
     "SymInt k, str backend) -> (Tensor values, Tensor indices, Tensor rescored)"
@@ -220,8 +221,18 @@ def item_rows(items: Tensor) -> _C.ItemRows:
 
 
 def prefilter_view(table: list[Tensor] | None) -> _C.Prefilter:
-    """The kernels' view of an index's codes, bounds, order and center; None or [] is without."""
-    return _C.Prefilter(*map(pointer, table or (None,) * 4))
+    """The kernels' view of an index's prefilter; None or [] is without."""
+    if not table:
+        return _C.Prefilter()
+    codes, bounds, order, center, cluster = table
+    return _C.Prefilter(
+        codes=pointer(codes),
+        bounds=pointer(bounds),
+        order=pointer(order),
+        center=pointer(center),
+        centers=len(center),
+        cluster=pointer(cluster),
+    )
 
 
 def _run_cpu(

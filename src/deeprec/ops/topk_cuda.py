@@ -31,7 +31,7 @@ def _run(
     with cuda.on(queries) as target:
         request = target.kernels.TopkRequest(
             rows=item_rows(items),
-            filter=prefilter_view(table),
+            filter=prefilter_view(table if table and len(table[4]) == 0 else None),
             queries=queries.data_ptr(),
             count=len(queries),
             k=k,
