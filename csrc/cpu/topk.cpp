@@ -89,10 +89,6 @@ Plan make_plan(const Index& index, const Request& request) {
           std::max<int64_t>(8, cache_bytes() / 2 / (kBlockRows * row_bytes)), grid};
 }
 
-// fp32 neighbours that enclose a real number, rounding to nearest and subnormals included.
-float below(double x) { return float(x - std::fabs(x) * 0x1p-23 - 0x1p-149); }
-float above(double x) { return float(x + std::fabs(x) * 0x1p-23 + 0x1p-149); }
-
 // One thread's share: a range of queries against a range of blocks.
 class Cell {
  public:
@@ -102,7 +98,7 @@ class Cell {
         block_end_(block_end), shape_(code_shape(plan.index.rows.dim)),
         table_{plan.index.filter.codes, plan.index.filter.bounds, plan.index.filter.cluster,
                shape_.quads, shape_.steps},
-        rescorer_(plan.kernels, plan.index.rows, CandidateList::capacity(plan.k)),
+        rescorer_(plan.kernels, plan.index, CandidateList::capacity(plan.k)),
         hits_(size_t(std::max<int64_t>(kHits, kMaxTile * kBlockRows))),
         buffer_{hits_.data(), int64_t(hits_.size()), 0} {
     const int64_t width = plan.kernels.tile(shape_.quads);
@@ -211,7 +207,7 @@ class Cell {
       // The likeliest k, scored exactly: their least score is nearer the truth than its bound.
       std::nth_element(found.begin(), found.begin() + (k - 1), found.end(), likelier);
       CandidateList& kept = list(span, j);
-      kept.rescored += rescorer_.resolve(found.data(), k, queries_[span.first + j].exact);
+      kept.rescored += rescorer_.resolve(found.data(), k, queries_[span.first + j]);
       kept.threshold = rescorer_.kth_lower(found.data(), k, k);
       publish(span, j);
     }
@@ -223,6 +219,7 @@ class Cell {
   bool bounded(const Span& span, int j, uint32_t position, int32_t dot, Candidate& out) const {
     if (position >= plan_.index.rows.count) return false;
     out.id = item(position);
+    out.position = position;
     if (queries_.excluded(span.first + j, out.id)) return false;
     const CodedQuery& q = queries_[span.first + j];
     const BlockBound& block = table_.bounds[position / kBlockRows];
@@ -250,7 +247,7 @@ class Cell {
   void add(int64_t query, CandidateList& list, const Candidate& candidate) {
     if (candidate.upper < list.threshold) return;
     if (list.count == CandidateList::capacity(plan_.k))
-      list.make_room(plan_.k, rescorer_, queries_[query].exact);
+      list.make_room(plan_.k, rescorer_, queries_[query]);
     list.items[list.count++] = candidate;
   }
 
@@ -273,7 +270,8 @@ class Cell {
       }
       for (int j = 0; buffer_.count && j < span.count; ++j) publish(span, j);
     }
-    if (begin != block_begin_ && found * kDenseShare > (end - begin) * kBlockRows * span.count)
+    // Rows of a cluster lie together: where they end, so do the candidates.
+    if (!table_.cluster && begin != block_begin_ && found * kDenseShare > (end - begin) * kBlockRows * span.count)
       span.dense = kDenseChunks;
   }
 
@@ -295,7 +293,7 @@ class Cell {
         const int64_t query = span.first + hit.query;
         const uint32_t id = item(hit.position);
         if (!queries_.excluded(query, id))
-          add(query, lists_[query], {hit.score, hit.score, id});
+          add(query, lists_[query], {hit.score, hit.score, id, Candidate::kRefined});
       }
       p = stop;
       step = std::min(2 * step, kHits / span.count);
@@ -323,24 +321,29 @@ void finish(const Plan& plan, const Queries& queries, const std::vector<Candidat
   const int64_t k = plan.k, asked = plan.request.k, count = plan.request.count;
   all.clear();
   float threshold = -kInfinity;
-  int64_t rescored = 0;
+  int64_t rescored = 0, refined = 0;
   for (int64_t part = 0; part < plan.grid.item_parts; ++part) {
     const CandidateList& list = lists[size_t(part * count + query)];
     all.insert(all.end(), list.items, list.items + list.count);
     threshold = std::max(threshold, list.threshold);
     rescored += list.rescored;
+    refined += list.refined;
   }
   Candidate* c = all.data();
   int64_t n = int64_t(all.size());
   if (n > k) {
     threshold = std::max(threshold, rescorer.kth_lower(c, n, k));
     n = drop_below(c, n, threshold);
+    if (n > 2 * k) {
+      refined += rescorer.refine(c, n, queries[query]);
+      n = drop_below(c, n, rescorer.kth_lower(c, n, k));
+    }
     // Once the likeliest k are exact, the k-th of them rules out most of the others.
     std::nth_element(c, c + (k - 1), c + n, likelier);
-    rescored += rescorer.resolve(c, k, queries[query].exact);
+    rescored += rescorer.resolve(c, k, queries[query]);
     n = drop_below(c, n, rescorer.kth_lower(c, n, k));
   }
-  rescored += rescorer.resolve(c, n, queries[query].exact);
+  rescored += rescorer.resolve(c, n, queries[query]);
   const int64_t kept = std::min(k, n);
   std::partial_sort(c, c + kept, c + n, ranks_before);
   float* values = answer.values + query * asked;
@@ -350,6 +353,7 @@ void finish(const Plan& plan, const Queries& queries, const std::vector<Candidat
     indices[i] = i < kept ? int64_t(c[i].id) : -1;
   }
   answer.rescored[query] = rescored;
+  if (answer.refined) answer.refined[query] = refined;
 }
 
 // Returns a query that is not finite, or -1.
@@ -381,7 +385,7 @@ int64_t search_round(const Index& index, const Request& request, const Answer& a
              plan.blocks * (ip + 1) / grid.item_parts)
             .run();
       }
-      Rescorer rescorer(plan.kernels, index.rows, capacity * grid.item_parts);
+      Rescorer rescorer(plan.kernels, index, capacity * grid.item_parts);
       std::vector<Candidate> all;
 #pragma omp for schedule(static)
       for (int64_t b = 0; b < count; ++b)
@@ -417,7 +421,8 @@ void search(const Index& index, const Request& request, const Answer& answer) {
     if (part.exclude.offsets) part.exclude.offsets += first;
     const int64_t bad = search_round(
         index, part,
-        {answer.values + first * k, answer.indices + first * k, answer.rescored + first});
+        {answer.values + first * k, answer.indices + first * k, answer.rescored + first,
+         answer.refined ? answer.refined + first : nullptr});
     if (bad >= 0)
       throw std::invalid_argument("queries: row " + std::to_string(first + bad) +
                                   " holds NaN or infinity; every query must be finite");

@@ -15,8 +15,8 @@
 // Rows scored together, to hide the latency of the additions.
 constexpr int kRowsAtOnce = 4;
 
-template <class T, int kRows>
-inline void score_rows(const T* const* x, int64_t dim, const double* query, float* out) {
+template <class T, int kRows, class Out>
+inline void score_rows(const T* const* x, int64_t dim, const double* query, Out* out) {
   Lanes sum[kRows];
   for (int r = 0; r < kRows; ++r) sum[r] = Lanes::zero();
   const int64_t whole = dim & ~int64_t(7);
@@ -32,12 +32,12 @@ inline void score_rows(const T* const* x, int64_t dim, const double* query, floa
       sum[r] = Lanes::fma(Lanes::widen(tail), q, sum[r]);
     }
   }
-  for (int r = 0; r < kRows; ++r) out[r] = float(sum[r].total());
+  for (int r = 0; r < kRows; ++r) out[r] = Out(sum[r].total());
 }
 
-template <class T>
+template <class T, class Out>
 void score_ids(const ItemRows& rows, const double* query, const uint32_t* ids, int64_t n,
-               float* out) {
+               Out* out) {
   const T* base = static_cast<const T*>(rows.data);
   constexpr int64_t kAhead = 8;  // rows fetched before they are needed: they lie anywhere
   const int64_t bytes = rows.dim * int64_t(sizeof(T));
@@ -59,6 +59,11 @@ void score_ids(const ItemRows& rows, const double* query, const uint32_t* ids, i
     const T* x = base + int64_t(ids[i]) * rows.stride;
     score_rows<T, 1>(&x, rows.dim, query, out + i);
   }
+}
+
+void fine(const int16_t* codes, int64_t dim, const double* query, const uint32_t* positions,
+          int64_t n, double* out) {
+  score_ids<int16_t>({codes, 0, dim, dim, Dtype::f32}, query, positions, n, out);
 }
 
 void score(const ItemRows& rows, const double* query, const uint32_t* ids, int64_t n, float* out) {
@@ -235,4 +240,4 @@ void sample(const Table& table, Tile& tile, int64_t blocks, int64_t stride, int6
   }
 }
 
-constexpr Kernels kKernels{Dots::tile, Dots::scratch_bytes, scan, sample, products, score, direct};
+constexpr Kernels kKernels{Dots::tile, Dots::scratch_bytes, scan, sample, products, fine, score, direct};

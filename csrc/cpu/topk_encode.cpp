@@ -23,7 +23,13 @@
 //
 // In units of s / r, z'.y' is the integer u.v and (2) reads
 //   d = u.v,  radius = (|z'| / s) (r error) + (|z - z'| / s) (r norm).
-// BlockBound keeps r error and r norm; the query side keeps the other two factors. A row can only
+// BlockBound keeps r error and r norm; the query side keeps the other two factors.
+//
+// Rows that this leaves may have a second code, w = round(y * t) of 16 bits with y'' = w / t, which
+// meets the query as it is: |z.y - z.y''| <= |z| |y - y''|. z.w is computed in fp64, so that to the
+// list above comes (D / 8 + 4) u |q| (|x| + |m|), for which the first line leaves room. FineBound
+// keeps t error, with error = max |y - y''| + slack(D) max(|x| + |m|). t is 258 r, so what both
+// levels leave is hundreds of times closer than what the first does. A row can only
 // be among the best if its score, rounded to fp32, is at least the running k-th best T, an fp32
 // number; topk.cpp lowers T by more than half a unit in its last place before the comparison.
 #include <algorithm>
@@ -105,6 +111,7 @@ class BlockEncoder {
       }
       error = std::max(error, std::sqrt(squares));
     }
+    if (filter_.fine) encode_fine(block, n, peak, size);
     BlockBound& bound = filter_.bounds[block];
     bound.inverse_scale = inverse_scale;
     // The error is measured in units of the scale already; 1e-9 covers y * r being rounded.
@@ -113,6 +120,26 @@ class BlockEncoder {
   }
 
  private:
+  // Of the rows that encode() has just centred and rotated.
+  void encode_fine(int64_t block, int64_t n, double peak, double size) {
+    const float inverse_scale = std::nextafterf(float(32767.0 / peak), 0.0f);
+    double error = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const double* y = &vectors_[size_t(i * rows_.dim)];
+      int16_t* codes = filter_.fine + (block * kBlockRows + i) * rows_.dim;
+      double squares = 0;
+      for (int64_t d = 0; d < rows_.dim; ++d) {
+        const double scaled = y[d] * double(inverse_scale), code = std::nearbyint(scaled);
+        codes[d] = int16_t(code);
+        squares += (scaled - code) * (scaled - code);
+      }
+      error = std::max(error, std::sqrt(squares));
+    }
+    // As below; y * t is 258 times larger.
+    filter_.fine_bounds[block] = {
+        inverse_scale, float((error + 1e-6 + slack_ * size * inverse_scale) * kRoundUp)};
+  }
+
   ItemRows rows_;
   Prefilter filter_;
   CodeShape shape_;

@@ -88,6 +88,9 @@ struct Kernels {
   // out[row * stride + query].
   void (*products)(const double* rows, int64_t count, int64_t dim, const double* const* queries,
                    int n_queries, double* out, int64_t stride);
+  // Dot products of 16-bit codes at `positions` with a query like that.
+  void (*fine)(const int16_t* codes, int64_t dim, const double* query, const uint32_t* positions,
+               int64_t n, double* out);
   // Exact scores of rows `ids` against a query widened to fp64 and zero-padded to 8.
   void (*score)(const ItemRows&, const double* query, const uint32_t* ids, int64_t n, float* out);
   // Exact scores of positions [begin, end) against `count` queries; appends those that reach

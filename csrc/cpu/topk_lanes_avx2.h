@@ -11,6 +11,12 @@ struct Lanes {
   }
   static Lanes widen(const float* p) { return of_floats(_mm256_loadu_ps(p)); }
   static Lanes widen(const double* p) { return load(p); }
+  static Lanes widen(const int16_t* p) {
+    const __m256i x =
+        _mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return {_mm256_cvtepi32_pd(_mm256_castsi256_si128(x)),
+            _mm256_cvtepi32_pd(_mm256_extracti128_si256(x, 1))};
+  }
   static Lanes widen(const Bf16* p) {
     const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return of_floats(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)));

@@ -6,6 +6,10 @@ struct Lanes {
   static Lanes zero() { return {_mm512_setzero_pd()}; }
   static Lanes load(const double* p) { return {_mm512_loadu_pd(p)}; }
   static Lanes widen(const double* p) { return load(p); }
+  static Lanes widen(const int16_t* p) {
+    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm512_cvtepi32_pd(_mm256_cvtepi16_epi32(x))};
+  }
   static Lanes widen(const float* p) { return {_mm512_cvtps_pd(_mm256_loadu_ps(p))}; }
   static Lanes widen(const Bf16* p) {
     const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));

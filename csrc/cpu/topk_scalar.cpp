@@ -16,6 +16,11 @@ struct Lanes {
     return x;
   }
   static Lanes widen(const double* p) { return load(p); }
+  static Lanes widen(const int16_t* p) {
+    Lanes x;
+    for (int j = 0; j < 8; ++j) x.v[j] = p[j];
+    return x;
+  }
   template <class T>
   static Lanes widen(const T* p) {
     Lanes x;

@@ -72,7 +72,15 @@ class Prefilter:
     def __init__(self) -> None: ...
     @overload
     def __init__(
-        self, codes: int, bounds: int, order: int, center: int, centers: int, cluster: int
+        self,
+        codes: int,
+        bounds: int,
+        order: int,
+        center: int,
+        centers: int,
+        cluster: int,
+        fine: int,
+        fine_bounds: int,
     ) -> None: ...
 
 def advise_huge_pages(data: int, bytes: int) -> None: ...
@@ -89,7 +97,7 @@ def topk_search(
     count: int,
     k: int,
     exclude: tuple[int, int],
-    answer: tuple[int, int, int],
+    answer: tuple[int, int, int, int],
     threads: int,
 ) -> None: ...
 

@@ -26,9 +26,9 @@ CENTER_GAIN = 0.9
 OUTLIER = 2.0
 # Clusters, if rows are then a fifth shorter than about the common center. They have four blocks of
 # rows each or more: a query's product with a center costs about as much as with eight rows of
-# codes. More than 1,024 would rule out little more.
+# codes. With more than 512, finding the nearest would be most of the time that building takes.
 CLUSTER_GAIN = 0.8
-MIN_CLUSTERED_ROWS, CLUSTER_ROWS, MAX_CLUSTERS = 8192, 128, 1024
+MIN_CLUSTERED_ROWS, CLUSTER_ROWS, MAX_CLUSTERS = 8192, 128, 512
 # k-means: rows a cluster it learns from, and rounds of seeding and of improvement.
 SAMPLE_ROWS, SEEDINGS, ROUNDS = 32, 4, 6
 # Rows that judge whether the clusters pay.
@@ -134,7 +134,7 @@ def _by_norm(norms: Tensor) -> Tensor:
 
 
 def _cluster(items: Tensor, usual: Tensor, norms: Tensor) -> Tensor | None:
-    """Centers of clusters, float32 ``[C, D]``, by k-means on some of the usual rows, if they pay."""
+    """Centers of clusters, float32 ``[C, D]``, by k-means on some usual rows, if they pay."""
     count = min(len(items) // CLUSTER_ROWS, MAX_CLUSTERS)
     random = torch.Generator().manual_seed(0)
     drawn = usual[torch.randperm(len(usual), generator=random)]
@@ -161,6 +161,6 @@ def _cluster(items: Tensor, usual: Tensor, norms: Tensor) -> Tensor | None:
 
 def _nearest(rows: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
     """The nearest center of every row, and the square of its distance."""
-    products = rows @ centers.T
-    least, nearest = torch.sub(centers.square().sum(1) / 2, products).min(1)
+    halves = centers.square().sum(1) / 2
+    least, nearest = torch.addmm(halves, rows, centers.T, alpha=-1).min(1)
     return nearest, (rows.square().sum(1) + 2 * least).clamp(min=0)

@@ -21,6 +21,7 @@ from deeprec.ops.topk import (
     check_search,
     item_rows,
     prefilter_view,
+    run_cpu,
 )
 
 __all__ = ["IndexStats", "ItemIndex"]
@@ -32,8 +33,9 @@ PrefilterChoice = Literal["auto", "none"]
 MAX_CODED_DIM = 65536
 # Fewer rows are scanned exactly in any case.
 MIN_CODED_ROWS = 512
-# What the prefilter consists of, as the kernels want it.
-TABLE = ("codes", "bounds", "order", "center", "cluster")
+# 16-bit codes are kept too where a trial search with some of the items leaves this many rows for
+# exact scores: such a score takes a row from anywhere in memory, about as long as four codes.
+PROBES, PROBE_K, FINE_PAYS = 32, 20, 400
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,20 @@ class IndexStats:
     """How well the prefilter did in the latest search.
 
     ``rescored`` is the number of exact scores computed; without a prefilter all of them.
+    ``refined`` is the number of rows whose 16-bit codes were looked at before, where there are any.
     """
 
     queries: int
     rescored: int
+    refined: int = 0
 
     @property
     def rescored_per_query(self) -> float:
         return self.rescored / self.queries if self.queries else 0.0
+
+    @property
+    def refined_per_query(self) -> float:
+        return self.refined / self.queries if self.queries else 0.0
 
 
 class ItemIndex:
@@ -92,7 +100,7 @@ class ItemIndex:
         self.prefilter: PrefilterChoice = prefilter
         self._items = self._stored(as_items(items), "items", copy=True)
         self._table: list[Tensor] | None = None
-        self._rescored = torch.empty(0, dtype=torch.int64)
+        self._counts = torch.empty(2, 0, dtype=torch.int64)
         if self._wants_codes():
             self._build()
 
@@ -109,7 +117,7 @@ class ItemIndex:
         offsets, ids = check_search(asked, k, exclude)
         if self.metric == "cosine":
             asked = torch.ops.deeprec.normalize_rows(asked, "queries")
-        values, indices, self._rescored = torch.ops.deeprec.topk(
+        values, indices, self._counts = torch.ops.deeprec.topk(
             asked, self._items, self._table or [], offsets, ids, k, backend or ""
         )
         return TopK(values, indices)
@@ -166,8 +174,8 @@ class ItemIndex:
         index.metric = settings["metric"]
         index.prefilter = settings["prefilter"]
         index._items = tensors["items"]
-        index._table = [tensors[name] for name in TABLE] if "codes" in tensors else None
-        index._rescored = torch.empty(0, dtype=torch.int64)
+        index._table = [tensors[name] for name in index_file.TABLE] if "codes" in tensors else None
+        index._counts = torch.empty(2, 0, dtype=torch.int64)
         return index
 
     def to(self, device: torch.device | str) -> ItemIndex:
@@ -178,16 +186,17 @@ class ItemIndex:
         moved.metric, moved.prefilter = self.metric, self.prefilter
         moved._items = self._items.to(device)
         moved._table = None
-        if self._table is not None and len(self._table[4]):
+        if self._table is not None and (len(self._table[4]) or len(self._table[5])):
             moved._build()
         elif self._table is not None:
             moved._table = [tensor.to(device) for tensor in self._table]
-        moved._rescored = self._rescored[:0]
+        moved._counts = self._counts[:, :0]
         return moved
 
     def stats(self) -> IndexStats:
         """Counters of the latest search on this index."""
-        return IndexStats(len(self._rescored), int(self._rescored.sum()))
+        rescored, refined = self._counts.sum(1).tolist()
+        return IndexStats(self._counts.shape[1], rescored, refined)
 
     @property
     def dim(self) -> int:
@@ -206,7 +215,10 @@ class ItemIndex:
         return len(self._items)
 
     def __repr__(self) -> str:
-        coded = "8-bit codes" if self._table is not None else "no prefilter"
+        coded = "no prefilter"
+        if self._table is not None:
+            coded = "8- and 16-bit codes" if len(self._table[5]) else "8-bit codes"
+            coded += f" about {len(self._table[3])} centers" if len(self._table[4]) else ""
         return (
             f"ItemIndex({len(self)} x {self.dim}, {self._items.dtype}, {self.metric}, {coded}, "
             f"{self.nbytes / 1e6:.1f} MB)"
@@ -242,7 +254,7 @@ class ItemIndex:
         if self._items.device.type != "cpu":
             host = ItemIndex.__new__(ItemIndex)
             host._items = self._items.cpu()
-            host._build(clusters=False)  # kernels elsewhere know one center
+            host._build(clusters=False)  # kernels elsewhere know one center, one level
             assert host._table is not None
             self._table = [tensor.to(self._items.device) for tensor in host._table]
             return
@@ -255,8 +267,21 @@ class ItemIndex:
             order,
             centers.points,
             cluster,
+            torch.empty(0, self.dim, dtype=torch.int16),
+            torch.empty(0, 2),
         ]
-        self._encode(torch.arange(blocks))
+        everything = torch.arange(blocks)
+        self._encode(everything)
+        if clusters and self._many_left():
+            self._table[5] = _fresh(len(self), self.dim, dtype=torch.int16)
+            self._table[6] = torch.empty(blocks, 2)
+            self._encode(everything)
+
+    def _many_left(self) -> bool:
+        """Whether the codes leave so many rows to score exactly that finer ones pay."""
+        probes = self._items[torch.arange(PROBES) * len(self) // PROBES].float()
+        counts = run_cpu(probes, self._items, self._table, None, None, PROBE_K)[2]
+        return int(counts[0].sum()) > PROBES * FINE_PAYS
 
     def _encode(self, blocks: Tensor) -> None:
         _C.topk_encode_blocks(
@@ -270,7 +295,7 @@ class ItemIndex:
     def _state(self) -> dict[str, Tensor]:
         state = {"items": self._items}
         if self._table is not None:
-            state |= zip(TABLE, self._table, strict=True)
+            state |= zip(index_file.TABLE, self._table, strict=True)
         return state
 
 
