@@ -33,7 +33,7 @@ class SlotCache:
     """Per layer, keys and values as [slots, heads, positions, dim], grown by doubling.
 
     What a head attends over lies together: torch's attention on a CPU takes a third of the time
-    that it needs where heads alternate (SmolLM2's shapes, one query, 700 positions).
+    (bfloat16: 0.6 of it) that it needs where heads alternate (SmolLM2, one query, 700 positions).
     """
 
     def __init__(self) -> None:
