@@ -85,7 +85,7 @@ def test_narrow_items(dtype: torch.dtype) -> None:
 
 def test_levels_are_built_where_they_pay() -> None:
     torch.manual_seed(0)
-    assert parts(ItemIndex(torch.randn(N, DIM * 2))) == (1, 0)
+    assert parts(ItemIndex(torch.randn(N, 2 * DIM))) == (1, 0)
     assert parts(ItemIndex(clustered(LOOSE, dim=64)[0]))[0] > CLUSTERS
     centers, fine = parts(ItemIndex(tight_and_large()[0]))
     assert centers > CLUSTERS
