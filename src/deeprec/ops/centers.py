@@ -79,8 +79,8 @@ def stored_order(items: Tensor, centers: Centers, block_rows: int) -> tuple[Tens
         center = centers.points[0] if len(centers.points) else None
         order = _by_norm(row_norms(items, center))
         none = torch.empty(0, dtype=torch.int32)
-        unsorted = bool((order.diff() == 1).all())
-        return none if unsorted else order.to(torch.int32), none
+        as_given = bool((order.diff() == 1).all())
+        return none if as_given else order.to(torch.int32), none
     nearest = centers.nearest
     distance = torch.empty(len(items))
     for i in range(0, len(items), CHUNK):
