@@ -93,6 +93,12 @@ def test_levels_are_built_where_they_pay() -> None:
     assert "16-bit codes about" in repr(ItemIndex(tight_and_large()[0]))
 
 
+def test_half_the_rows_are_outliers() -> None:
+    items, queries = clustered(TIGHT, 8192)
+    items[::2] *= 1e3
+    assert_same(ItemIndex(items).search(queries, 10), topk_retrieve(queries, items, 10))
+
+
 def tight_and_large() -> tuple[Tensor, Tensor]:
     """A thousand rows a cluster that eight bits cannot tell apart."""
     return clustered(TIGHT, 40_000)

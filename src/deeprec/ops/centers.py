@@ -138,8 +138,8 @@ def _cluster(items: Tensor, usual: Tensor, norms: Tensor) -> Tensor | None:
     count = min(len(items) // CLUSTER_ROWS, MAX_CLUSTERS)
     random = torch.Generator().manual_seed(0)
     drawn = usual[torch.randperm(len(usual), generator=random)]
-    judges, learned = drawn[:JUDGES], drawn[JUDGES : JUDGES + SAMPLE_ROWS * count]
-    rows = items[learned].float()
+    judges = drawn[: min(JUDGES, len(drawn) // 4)]
+    rows = items[drawn[len(judges) :][: SAMPLE_ROWS * count]].float()
     centers = rows[: count // (SEEDINGS + 1)]
     for _ in range(SEEDINGS):
         # Rows far from all centers are likely to become the next.
