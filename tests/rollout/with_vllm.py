@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -166,11 +165,11 @@ def test_weights_follow_the_policy_in_place(engine: VLLMEngine, model: PreTraine
         check_logprobs(make_model(), prompt, sample)
 
 
-def signal_engine(number: signal.Signals) -> None:
+def signal_engine(engine: VLLMEngine, number: signal.Signals) -> None:
     """Send a signal to the processes in which vLLM computes."""
-    for child in psutil.Process().children(recursive=True):
-        if "VLLM" in " ".join(child.cmdline()) or "VLLM" in child.name():
-            os.kill(child.pid, number)
+    assert len(engine._vllm._processes) >= 1
+    for process in engine._vllm._processes:
+        process.send_signal(number)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
@@ -180,12 +179,15 @@ def test_an_engine_that_stops_answering_is_started_anew(
     """vLLM itself would wait for a process that is dead or hangs without end."""
     engine._vllm.options = replace(OPTIONS, timeout=20.0)
     engine.submit(Request(0, random_ids(6, seed=0)))
-    signal_engine(number)
+    signal_engine(engine, number)
     with pytest.raises(EngineError, match=r"vLLM (failed|has not answered for 20 s)"):
         while True:
             engine.step()
     engine._vllm.options = OPTIONS
+    processes = engine._vllm._processes
     engine.restart()
+    for process in processes:
+        assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     prompt = random_ids(6, seed=0)
     (sample,) = engine.generate([Request(0, prompt)])
     check_logprobs(model, prompt, sample)
@@ -209,7 +211,7 @@ def test_a_training_survives_an_engine_that_dies_and_saves_when_it_keeps_dying(
         nonlocal calls
         calls += 1
         if calls in dies_at:
-            signal_engine(signal.SIGKILL)
+            signal_engine(engine, signal.SIGKILL)
         return list(step())
 
     def counted_restart() -> None:

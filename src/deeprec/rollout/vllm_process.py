@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import shutil
@@ -9,11 +10,12 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
@@ -24,10 +26,12 @@ from deeprec.rollout.weights import whole_parameters
 __all__ = ["VLLMOptions", "VLLMProcess"]
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 SHARED_MEMORY = Path("/dev/shm")
 # Loading weights and compiling the model takes minutes for large ones.
 START_SECONDS = 1800.0
+STOP_SECONDS = 60.0
 # What a launcher tells this process about the others would confuse vLLM's own.
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -88,6 +92,7 @@ class VLLMProcess:
         self._policy, self._dtype = policy, dtype
         self._max_tokens, self._logprobs_mode = max_tokens, logprobs_mode
         self._asleep = False
+        self._processes: set[psutil.Process] = set()
         place = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
         self._folder = Path(tempfile.mkdtemp(prefix="deeprec-vllm-", dir=place))
         self._clean_up = weakref.finalize(self, shutil.rmtree, self._folder, True)
@@ -125,16 +130,31 @@ class VLLMProcess:
                 **self.options.settings,
             }
         )
-        with _own_device():
-            self._vllm = self._call(
-                "start", lambda: LLMEngine.from_engine_args(arguments), START_SECONDS
-            )
+        others = _processes()
+        try:
+            with _own_device():
+                self._vllm = self._call(
+                    "start", lambda: LLMEngine.from_engine_args(arguments), START_SECONDS
+                )
+        finally:
+            self._processes = _processes() - others
+            if self._vllm is None:
+                self.stop()
 
     def stop(self) -> None:
         """End vLLM's processes, whatever they are doing."""
         vllm, self._vllm = self._vllm, None
-        if vllm is not None:
-            vllm.engine_core.shutdown()
+        try:
+            if vllm is not None:
+                self._call("stop", vllm.engine_core.shutdown, STOP_SECONDS)
+        except EngineError as error:
+            logger.warning("%s; its processes are killed", error)
+        # A worker that hangs outlives the process that vLLM ends.
+        for process in self._processes:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(self._processes, timeout=STOP_SECONDS)
+        self._processes = set()
 
     def close(self) -> None:
         """Stop, and free what is held here."""
@@ -213,6 +233,16 @@ class VLLMProcess:
         if error is not None:
             raise error
         return result
+
+
+def _processes() -> set[psutil.Process]:
+    """The processes of vLLM, by the title it gives them, that this one has started."""
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if process.name().startswith("VLLM"):
+                found.add(process)
+    return found
 
 
 @contextmanager
