@@ -152,8 +152,13 @@ def test_failures_are_engine_errors(process: VLLMProcess, monkeypatch: pytest.Mo
         process.step()
     process.stop()
     assert not process.running
-    process.start()
+    process.sleep()  # nothing to do without vLLM,
+    process.abort("1")
+    process.load_weights()  # and this is read at the start
+    assert not process.running
+    process.add("2", [5], {})
     assert process.step() == ["output"]
+    assert [call[0] for call in process._vllm.calls] == ["2"]
 
 
 def test_a_worker_that_hangs_does_not_outlive_its_engine(

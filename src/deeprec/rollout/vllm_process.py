@@ -67,6 +67,8 @@ class VLLMOptions:
 class VLLMProcess:
     """vLLM with one policy's weights; every call ends, with an answer or an EngineError.
 
+    After :meth:`stop` the next request starts vLLM again.
+
     Args:
         policy: what vLLM computes with, after :meth:`load_weights` again.
         dtype: vLLM computes in.
@@ -99,14 +101,14 @@ class VLLMProcess:
         policy.config.save_pretrained(self._folder)
         self._write_weights()
         self._vllm: Any = None
-        self.start()
+        self._start()
 
     @property
     def running(self) -> bool:
         """Whether vLLM was started and not stopped since."""
         return self._vllm is not None
 
-    def start(self) -> None:
+    def _start(self) -> None:
         """Start vLLM with the weights last written."""
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
@@ -166,13 +168,16 @@ class VLLMProcess:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        if self._vllm is None:
+            self._start()
         kind = RequestOutputKind.DELTA
         parameters = SamplingParams(detokenize=False, output_kind=kind, **settings)
         self._vllm.add_request(name, {"prompt_token_ids": tokens}, parameters)
 
     def abort(self, name: str) -> None:
         """Forget a request."""
-        self._vllm.abort_request([name])
+        if self._vllm is not None:
+            self._vllm.abort_request([name])
 
     def step(self) -> list[Any]:
         """Wait for vLLM's next outputs."""
@@ -181,13 +186,15 @@ class VLLMProcess:
 
     def sleep(self) -> None:
         """Drop weights and cache on a GPU, until :meth:`load_weights`."""
-        if self._may_sleep:
+        if self._may_sleep and self._vllm is not None:
             self._call("sleep", lambda: self._vllm.sleep(level=2))
             self._asleep = True
 
     def load_weights(self) -> None:
         """Take over the policy's current weights, in place, and forget the cache."""
         self._write_weights()
+        if self._vllm is None:
+            return  # reads them when it starts
         if self._asleep:
             self._call("wake up", lambda: self._vllm.wake_up(tags=["weights"]))
         self._call(
