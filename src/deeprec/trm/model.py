@@ -26,7 +26,7 @@ from deeprec.trm.changes import ParameterWatch
 from deeprec.trm.config import TRMConfig
 from deeprec.trm.convolution import fourier_matrices, multiply_spectra
 from deeprec.trm.history_states import HistoryStates
-from deeprec.trm.layers import INIT_STD, Dropout, Encoder, MoEAdaptor
+from deeprec.trm.layers import INIT_STD, Dropout, Encoder, MoEAdaptor, Rows
 from deeprec.trm.packed import PackedTRM
 from deeprec.trm.packing import sizes
 
@@ -148,12 +148,11 @@ class PreferenceAwareTRM(nn.Module):
         It does not depend on the preference, so a conversation needs it once.
         """
         self._check_history(history, lengths)
-        # The convolution runs over the model's length, the encoder only over the longest history.
+        # The convolution runs over the model's length, all else over real items alone.
         padded = F.pad(history, (0, self.config.max_length - history.shape[1]))
-        longest = int(lengths.max()) if len(lengths) else 1
-        states = self._contextual_convolution(padded)[:, :longest]
-        states = states + self.position_embedding.weight[: states.shape[1]]
-        return self.trm_encoder(self.dropout(self.LayerNorm(states)), lengths)
+        rows = Rows(lengths, int(lengths.max()) if len(lengths) else 1)
+        states = self._contextual_convolution(padded, rows) + self.position_embedding(rows.position)
+        return self.trm_encoder(self.dropout(self.LayerNorm(states)), rows)
 
     def user_vectors(
         self, history: Tensor, lengths: Tensor, preference: Tensor | None = None
@@ -270,16 +269,20 @@ class PreferenceAwareTRM(nn.Module):
         scores[:, 0] = PADDING_SCORE
         return scores
 
-    def _contextual_convolution(self, history: Tensor) -> Tensor:
-        """Ids and texts mixed over the sequence, per channel, ``[B, max_length, H]``."""
+    def _contextual_convolution(self, history: Tensor, rows: Rows) -> Tensor:
+        """Ids and texts mixed over the sequence, per channel; real positions, ``[N, H]``."""
         by_position = history.T
         # Every distinct item goes through the adaptor once.
         items, where = by_position.unique(return_inverse=True)
         texts = F.embedding(where, self.moe_adaptor(self.item_plm_embedding(items)))
         id_spectrum = self._spectrum(self.item_embedding(by_position))
         kernel = self.complex_weight.permute(3, 1, 0, 2).flatten(0, 1)
-        filtered = self._sequence(multiply_spectra(id_spectrum, kernel))
-        fused = self._sequence(multiply_spectra(id_spectrum, self._spectrum(texts)))
+        spectra = kernel, self._spectrum(texts)
+        width = rows.real.shape[1]
+        filtered, fused = (
+            rows.take(self._sequence(multiply_spectra(id_spectrum, other))[:, :width])
+            for other in spectra
+        )
         return 2.0 * (
             filtered * torch.sigmoid(self.item_gating(filtered))
             + fused * torch.sigmoid(self.fusion_gating(fused))
