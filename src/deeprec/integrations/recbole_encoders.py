@@ -3,7 +3,7 @@
 RecBole encodes every history at the full padded length, one batch of thousands of users at a time,
 and computes the last layer at every position although only the last one is used. Here users are
 sorted by length and encoded a few at a time, so that padding is never computed and intermediate
-results stay in the cache; the last layer runs at the last position alone.
+results stay in the cache; a transformer's last layer runs at the last position alone.
 """
 
 from __future__ import annotations
