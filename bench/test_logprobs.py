@@ -39,7 +39,8 @@ COMPILED = ((2048, 576, 3668), HEADLINE)
 CHECKED = 64
 LOGITS_BYTES = 13 * 10**8  # peers hold three or four copies
 # Multiply-adds counted as two, forward: up to the first every peer runs, up to the second torch.
-EVERY_PEER, TORCH_ONLY = 30e9, 130e9
+EVERY_PEER, TORCH_ONLY = 30e9, 400e9
+ONCE = 130e9  # from so many on a call takes seconds, and is made once
 
 
 def outcome(peer: Peer, *arguments: Tensor) -> Tensor | str:
@@ -66,6 +67,7 @@ def measure(
     ours: Peer,
     peers: Mapping[str, Peer],
     arguments: tuple[list[Tensor], Tensor, Tensor],
+    once: bool = False,
     **cost: Any,
 ) -> None:
     """Rows for forward and forward + backward of one shape, and one of errors.
@@ -80,9 +82,10 @@ def measure(
         for name, values in outcomes.items()
         if isinstance(values, Tensor)
     }
-    # torch's own error where it runs: one rounding of the largest log-prob at least
+    # Twice torch's error, which is one rounding of the largest log-prob at least; where torch does
+    # not run, its logits would have another.
     rounding = float(truth.abs().max()) * 2**-24
-    assert error["deeprec"] <= 2 * max(error.get("torch", 0.0), rounding)
+    assert error["deeprec"] <= 2 * max(error.get("torch", 2 * rounding), rounding)
     cells = {n: f"{error[n]:.1e}" if n in error else outcomes[n] for n in everyone}
     table.facts(f"{op} largest error", what, cells)
 
@@ -92,6 +95,7 @@ def measure(
         {**what, "pass": "forward"},
         ours={"deeprec": lambda: ours(*inputs, ids)},
         peers={name: (lambda p=peer: p(*inputs, ids)) for name, peer in alive.items()},
+        once=once,
         **cost,
     )
     result["notes"]["fastest peer"] = result.get("fastest_peer", "none ran")
@@ -101,6 +105,7 @@ def measure(
         {**what, "pass": "+ backward"},
         ours={"deeprec": backward(ours, leaves, ids)},
         peers={name: backward(peer, leaves, ids) for name, peer in alive.items()},
+        once=once,
     )
     result["notes"]["fastest peer"] = result.get("fastest_peer", "none ran")
 
@@ -164,6 +169,7 @@ def test_linear_logprobs(table: Table, rows: int, size: int, vocabulary: int, dt
         linear_logprobs,
         peers_at(rows, size, vocabulary, dtype),
         ([hidden, weight], ids, truth),
+        once=2.0 * rows * size * vocabulary > ONCE,
         operations=2.0 * rows * size * vocabulary,
         unit="fp32_fma" if dtype == "fp32" else "bf16_dot",
     )

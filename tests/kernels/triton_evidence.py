@@ -23,7 +23,7 @@ import torch
 import triton
 from triton_compile import TARGETS, Compiled, compiling_for
 
-from deeprec.ops import linear_logprobs_triton, logprobs_triton, topk_triton
+from deeprec.ops import topk_triton
 
 ROOT = Path(__file__).parents[2]
 EVIDENCE = ROOT / "docs" / "gpu_evidence_triton.json"
@@ -59,8 +59,9 @@ def gather(dtype: torch.dtype) -> None:
     logits = torch.zeros(4, 4096, dtype=dtype)
     ids, mask = torch.zeros(4, 1, dtype=torch.long), torch.ones(4, dtype=torch.bool)
     allowed = (torch.arange(5), torch.arange(4))
-    forward = logprobs_triton._forward(logits, ids, 1.0, mask, *allowed, True)
-    logprobs_triton._backward(*forward[:2], logits, ids, 1.0, mask, *allowed, *forward[1:])
+    problem = (logits, ids, 1.0, mask, *allowed)
+    forward = torch.ops.deeprec.gather_logprobs_triton(*problem, True)
+    torch.ops.deeprec.gather_logprobs_triton_backward(*forward[:2], *problem, *forward[1:])
 
 
 def linear(dtype: torch.dtype) -> None:
@@ -68,8 +69,10 @@ def linear(dtype: torch.dtype) -> None:
     ids, bias, mask = torch.zeros(16).long(), torch.zeros(4096), torch.ones(16, dtype=torch.bool)
     allowed = (torch.arange(17), torch.arange(16))
     problem = (hidden, weight, ids, bias, 1.0, mask, *allowed)
-    forward = linear_logprobs_triton._forward(*problem, True)
-    linear_logprobs_triton._backward(*forward[:2], *problem, *forward[1:], [True] * 3)
+    forward = torch.ops.deeprec.linear_logprobs_triton(*problem, True)
+    torch.ops.deeprec.linear_logprobs_triton_backward(
+        *forward[:2], *problem, *forward[1:], [True] * 3
+    )
 
 
 def topk(dtype: torch.dtype, k: int) -> None:

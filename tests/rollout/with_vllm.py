@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import os
+import json
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,12 +23,15 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from deeprec.rewards import Rewards
 from deeprec.rl import RLConfig, Trainer
 from deeprec.rollout import (
     EngineError,
     ListLines,
     Request,
+    Sample,
     SamplingConfig,
+    Trajectory,
     VLLMEngine,
     VLLMOptions,
 )
@@ -56,26 +61,26 @@ def model() -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def engine(model: PreTrainedModel, word_tokenizer: PreTrainedTokenizerFast) -> Iterator[VLLMEngine]:
+def shared_engine(
+    model: PreTrainedModel, word_tokenizer: PreTrainedTokenizerFast
+) -> Iterator[VLLMEngine]:
     engine = VLLMEngine(model, word_tokenizer, LONG, options=OPTIONS)
     yield engine
     engine.close()
 
 
-@pytest.fixture(autouse=True)
-def released(engine: VLLMEngine) -> Iterator[None]:
-    yield
-    engine.restart() if engine._vllm is None else None
-    for name in list(engine._conversations):
-        engine.release(name)
-    engine.sampling = LONG
+@pytest.fixture
+def engine(shared_engine: VLLMEngine) -> Iterator[VLLMEngine]:
+    yield shared_engine
+    for name in list(shared_engine._conversations):
+        shared_engine.release(name)
+    shared_engine.sampling = LONG
 
 
 def test_logprobs_equal_the_trainers_over_three_turns(
     engine: VLLMEngine, model: PreTrainedModel
 ) -> None:
     contexts = new = prompts(10)
-    before = engine.cached_tokens
     for turn in range(3):
         requests = [Request(i, ids, seed=i, stop=("s",)) for i, ids in enumerate(new)]
         samples = engine.generate(requests)
@@ -85,10 +90,25 @@ def test_logprobs_equal_the_trainers_over_three_turns(
             assert (sample.finish == "stop") == ("s" in ends and ends != "<eos>")
             assert "s" not in engine.text.decode(sample.ids[:-1])
             check_logprobs(model, context, sample)
-        # vLLM caches blocks of 128 tokens on the CPU.
         new = [random_ids(turn + 140 + i, seed=99 + i) for i in range(10)]
         contexts = [c + s.ids + ids for c, s, ids in zip(contexts, samples, new, strict=True)]
-    assert engine.cached_tokens > before  # earlier turns are not computed again
+
+
+def test_earlier_turns_come_out_of_the_prefix_cache(engine: VLLMEngine) -> None:
+    """All of a conversation but its last unfinished block; samples of a prompt share that too."""
+    block = engine._vllm._vllm.vllm_config.cache_config.block_size
+    new = [random_ids(block + 30, seed=77)] * 3
+    # Of the same prompt, the second and third conversation find the first one's whole block. The
+    # last sampled token of a turn was never an input, so it is in no block.
+    computed = [0, block, block]
+    for turn in range(3):
+        before = engine.cached_tokens
+        # One after the other: of requests that start together, none finds the others' blocks.
+        for i, ids in enumerate(new):
+            engine.generate([Request(i, ids, seed=i)])
+        assert engine.cached_tokens - before == sum(n // block * block for n in computed)
+        computed = [len(engine._conversations[i].ids) - 1 for i in range(3)]
+        new = [random_ids(block // 2 + 7 * i, seed=10 * turn + i) for i in range(3)]
 
 
 def test_a_turn_repeats_with_its_seed(engine: VLLMEngine) -> None:
@@ -151,23 +171,78 @@ def test_weights_follow_the_policy_in_place(engine: VLLMEngine, model: PreTraine
         check_logprobs(make_model(), prompt, sample)
 
 
-def test_a_dead_engine_is_an_error_and_can_be_started_again(
-    engine: VLLMEngine, model: PreTrainedModel
+def signal_engine(engine: VLLMEngine, number: signal.Signals) -> None:
+    """Send a signal to the processes in which vLLM computes."""
+    assert len(engine._vllm._processes) >= 1
+    for process in engine._vllm._processes:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_an_engine_that_stops_answering_is_started_anew(
+    engine: VLLMEngine, model: PreTrainedModel, number: signal.Signals
 ) -> None:
-    # vLLM itself would wait for a killed process without end.
-    engine.options = replace(OPTIONS, timeout=20.0)
+    """vLLM itself would wait for a process that is dead or hangs without end."""
+    engine._vllm.options = replace(OPTIONS, timeout=5.0)
     engine.submit(Request(0, random_ids(6, seed=0)))
-    for child in psutil.Process().children(recursive=True):
-        if "VLLM" in " ".join(child.cmdline()) or "VLLM" in child.name():
-            os.kill(child.pid, signal.SIGKILL)
-    with pytest.raises(EngineError, match=r"vLLM (failed|has not answered for 20 s)"):
+    signal_engine(engine, number)
+    with pytest.raises(EngineError, match=r"vLLM (failed|has not answered for 5 s)"):
         while True:
             engine.step()
-    engine.options = OPTIONS
+    engine._vllm.options = OPTIONS
+    processes = engine._vllm._processes
     engine.restart()
+    for process in processes:
+        assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     prompt = random_ids(6, seed=0)
     (sample,) = engine.generate([Request(0, prompt)])
     check_logprobs(model, prompt, sample)
+
+
+def test_a_training_survives_an_engine_that_dies_and_saves_when_it_keeps_dying(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Each attempt starts a vLLM. The package gives the function the module's name.
+    monkeypatch.setattr(sys.modules["deeprec.rollout.rollout"], "ENGINE_ATTEMPTS", 2)
+    world = rl_world.make_world(hidden=64)
+    sampling = SamplingConfig(max_turn_tokens=16, max_tokens=400)
+    options = replace(OPTIONS, timeout=60.0)
+    engine = VLLMEngine(world.policy, world.engine.tokenizer, sampling, options=options)
+    killed = 0
+
+    class Scored(rl_world.ToyRewards):
+        steps = 0
+
+        def score(self, trajectories: Sequence[Trajectory]) -> list[Rewards]:
+            self.steps += 1
+            return super().score(trajectories)
+
+    rewards = Scored(lambda made: [float(len(made.response_ids))])
+    step = engine.step
+
+    def dying_step() -> list[Sample]:
+        nonlocal killed
+        if killed == 0 or rewards.steps == 1:  # once in the first step, always in the second
+            signal_engine(engine, signal.SIGKILL)
+            killed += 1
+        return step()
+
+    monkeypatch.setattr(engine, "step", dying_step)
+    config = RLConfig(
+        steps=3, prompts_per_step=2, samples_per_prompt=2, train_batch=None, out=str(tmp_path)
+    )
+    try:
+        trainer = Trainer(world.policy, engine, world.env, rewards, config)
+        with pytest.raises(EngineError, match="failed 2 times in one roll-out"):
+            trainer.train(world.requests)
+    finally:
+        engine.close()
+    assert killed >= 3 and rewards.steps == 1
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["logprob_difference"] < 1e-3
+    saved = [path.name for path in (tmp_path / "checkpoints" / "rl").iterdir()]
+    assert saved == ["step-00000001"]
 
 
 def test_a_training_step(tmp_path: Path) -> None:

@@ -1,6 +1,10 @@
 """The preference-aware TRM and its training."""
 
-from deeprec.trm import packed_cuda  # noqa: F401  # adds its backend to the ops
+from deeprec.trm import (  # noqa: F401  # each adds its backend to the ops
+    packed_cpu,
+    packed_cuda,
+    packed_reference,
+)
 from deeprec.trm.config import TRMConfig
 from deeprec.trm.examples import WrittenPreference
 from deeprec.trm.history_states import HistoryStates
