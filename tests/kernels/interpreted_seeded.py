@@ -17,6 +17,7 @@ from triton_plugin import shrink
 import deeprec.kernels
 from deeprec import gather_logprobs, linear_logprobs, topk_retrieve
 from deeprec.kernels import linear_logprobs as linear_kernels
+from deeprec.kernels import linear_logprobs_backward as linear_backward_kernels
 from deeprec.kernels import logprobs as gather_kernels
 from deeprec.kernels import softmax as softmax_kernels
 from deeprec.kernels import topk as topk_kernels
@@ -73,7 +74,7 @@ FAULTS: dict[str, tuple[Callable[[str], torch.Tensor], ModuleType, str, str]] = 
     ),
     "earlier chunks forgotten": (
         linear,
-        linear_kernels,
+        linear_backward_kernels,
         "acc = tl.load(out, mask=valid & (first_column > 0), other=0.0)",
         "acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)",
     ),

@@ -80,7 +80,7 @@ class _Problem:
     def entry_logits(self, entry_rows: Tensor) -> Tensor:
         """float32 ``[nnz]``: the logits of the permitted ids, and no others."""
         from deeprec.kernels import LAUNCH
-        from deeprec.kernels import linear_logprobs as kernels
+        from deeprec.kernels import linear_logprobs_limited as kernels
 
         logits = torch.empty(len(entry_rows), dtype=torch.float32, device=entry_rows.device)
         kernels.sparse_logits[(-(-len(entry_rows) // ENTRIES),)](
@@ -164,6 +164,7 @@ def _launch_forward(p: _Problem, values: Tensor, entropy: Tensor | None, states:
 
     from deeprec.kernels import LAUNCH
     from deeprec.kernels import linear_logprobs as kernels
+    from deeprec.kernels import linear_logprobs_limited as limited
 
     dtype = p.common_dtype(backward=False)
     splits = triton.cdiv(p.vocabulary, kernels.SPLIT)
@@ -203,7 +204,7 @@ def _launch_forward(p: _Problem, values: Tensor, entropy: Tensor | None, states:
         **LAUNCH,
     )
     if p.limited():
-        kernels.sparse_softmax[(p.rows,)](
+        limited.sparse_softmax[(p.rows,)](
             p.entry_logits(p.entry_rows()),
             p.ids,
             p.mask,
@@ -213,6 +214,7 @@ def _launch_forward(p: _Problem, values: Tensor, entropy: Tensor | None, states:
             entropy,
             states,
             p.rows,
+            p.vocabulary,
             p.inverse,
             BLOCK=PERMITTED,
             **LAUNCH,
@@ -309,7 +311,7 @@ class _Backward:
     def _entries(self) -> tuple[Tensor, ...]:
         """Order by token, first of every token, row and gradient of the permitted ids."""
         from deeprec.kernels import LAUNCH
-        from deeprec.kernels import linear_logprobs as kernels
+        from deeprec.kernels import linear_logprobs_limited as kernels
 
         p = self.p
         assert p.permitted is not None
@@ -341,7 +343,7 @@ class _Backward:
         import triton
 
         from deeprec.kernels import LAUNCH
-        from deeprec.kernels import linear_logprobs as kernels
+        from deeprec.kernels import linear_logprobs_backward as kernels
 
         p = self.p
         kernels.linear_grad_logits[
@@ -379,7 +381,7 @@ class _Backward:
         import triton
 
         from deeprec.kernels import LAUNCH
-        from deeprec.kernels import linear_logprobs as kernels
+        from deeprec.kernels import linear_logprobs_backward as kernels
 
         p = self.p
         kernels.linear_grad_hidden[
@@ -418,7 +420,7 @@ class _Backward:
         import triton
 
         from deeprec.kernels import LAUNCH
-        from deeprec.kernels import linear_logprobs as kernels
+        from deeprec.kernels import linear_logprobs_backward as kernels
 
         p = self.p
         order, start, rows, gradient = self.entries or (None,) * 4
@@ -458,7 +460,7 @@ class _Backward:
         import triton
 
         from deeprec.kernels import LAUNCH
-        from deeprec.kernels import linear_logprobs as kernels
+        from deeprec.kernels import linear_logprobs_limited as kernels
 
         p = self.p
         assert self.entries is not None

@@ -1,6 +1,6 @@
 """The preference-aware TRM and its training."""
 
-from deeprec.trm import packed_cuda  # noqa: F401  # adds its backend to the ops
+from deeprec.trm import packed_cuda, packed_triton  # noqa: F401  # add their backends to the ops
 from deeprec.trm.config import TRMConfig
 from deeprec.trm.examples import WrittenPreference
 from deeprec.trm.history_states import HistoryStates
