@@ -66,21 +66,29 @@ ON_TENSOR_CORES = ("topk_scan", "topk_sample", "linear_slice", "trm_dense")
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peaks of a data sheet, dense: bytes a second, int8 and bf16 operations a second."""
+    """Peaks of a data sheet, dense: bytes a second, int8, bf16 and tf32 operations a second."""
 
     bandwidth: float
     int8: float
     bf16: float
+    tf32: float
 
 
 GPUS = {
-    "A100 80GB SXM": Gpu(2.039e12, 624e12, 312e12),
-    "H100 SXM": Gpu(3.35e12, 1979e12, 989e12),
-    "B200": Gpu(8.0e12, 4500e12, 2250e12),
+    "A100 80GB SXM": Gpu(2.039e12, 624e12, 312e12, 156e12),
+    "H100 SXM": Gpu(3.35e12, 1979e12, 989e12, 494e12),
+    "B200": Gpu(8.0e12, 4500e12, 2250e12, 1125e12),
 }
 
 # Bytes from memory and operations of a call at the sizes of docs/BENCHMARKS.md, by formula.
 N, D, T, H, V = 1_000_000, 128, 2048, 576, 49_152
+# The TRM's default sizes, users with 20 items each. A product of float32 is three of tf32.
+USERS, ITEMS, INNER, TEXT, EXPERTS = 512, 20, 512, 384, 8
+# Maps of a layer, D → 3 D → D → INNER → D; the last layer's only keys and values are of all items.
+LAYER = D * (4 * D + 2 * INNER)
+TRM_PRODUCTS = USERS * (ITEMS * (LAYER + 2 * D * D) + LAYER - 2 * D * D + EXPERTS * TEXT * D)
+TRM_WEIGHTS = 2 * LAYER + EXPERTS * TEXT * D
+TRM_IN_AND_OUT = USERS * (2 * ITEMS * D + TEXT + D)
 WORK: list[tuple[str, float, float, str]] = [
     (f"top 20 of 1M x 128, codes, {b} queries", N * D * (1 + 1 / 16) + N * 0.375, 2 * N * D * b,
      "int8")
@@ -89,6 +97,8 @@ WORK: list[tuple[str, float, float, str]] = [
     ("gather_logprobs 2048 x 49,152 bf16", 2 * T * V, 0, "bf16"),
     ("linear_logprobs forward bf16", 2 * (T * H + V * H), 2 * T * H * V, "bf16"),
     ("linear_logprobs forward + backward bf16", 2 * 2 * (T * H + V * H), 4 * 2 * T * H * V, "bf16"),
+    ("trm_user_vectors 512 users x 20", 4 * (TRM_WEIGHTS + TRM_IN_AND_OUT), 3 * 2 * TRM_PRODUCTS,
+     "tf32"),
 ]  # fmt: skip
 
 
@@ -96,7 +106,7 @@ def sources_digest() -> str:
     """Of everything that the kernels are made of."""
     digest = hashlib.sha256()
     for file in sorted(CUDA.iterdir()):
-        if file.suffix in (".cu", ".cuh", ".h"):
+        if file.suffix in (".cu", ".cuh", ".h") and not file.name.startswith("bindings"):
             digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
 

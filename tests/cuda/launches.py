@@ -88,7 +88,9 @@ def gather(rows: int, vocabulary: int) -> None:
         ids = torch.zeros(rows, 1).long()
         for allowed in (None, AllowedTokens.from_lists([[0]] + [None] * (rows - 1))):
             logits = torch.randn(rows, vocabulary).to(dtype).requires_grad_()
-            gather_logprobs(logits, ids, allowed=allowed, backend="cuda").sum().backward()
+            asked = {"allowed": allowed, "backend": "cuda"}
+            gather_logprobs(logits, ids, **asked).sum().backward()
+            gather_logprobs(logits, ids, entropy=True, **asked)
 
 
 def linear(rows: int, size: int, vocabulary: int) -> None:
@@ -99,10 +101,9 @@ def linear(rows: int, size: int, vocabulary: int) -> None:
                 torch.randn(*shape).to(dtype).requires_grad_()
                 for shape in ((rows, size), (vocabulary, size), (vocabulary,))
             )
-            values = linear_logprobs(
-                hidden, weight, ids, bias=bias, allowed=allowed, backend="cuda"
-            )
-            values.sum().backward()
+            asked = {"bias": bias, "allowed": allowed, "backend": "cuda"}
+            linear_logprobs(hidden, weight, ids, **asked).sum().backward()
+            linear_logprobs(hidden, weight, ids, entropy=True, **asked)
 
 
 def trm(users: int, **shape: int) -> None:

@@ -53,14 +53,14 @@ def test_triton_any_shape_gives_the_eager_vectors(
 @pytest.mark.parametrize(
     "options",
     [
-        {"max_length": 128, "hidden": 16, "inner": 20},
+        {"max_length": 128, "hidden": 16, "inner": 20, "n_layers": 2},
         {"hidden": 512, "inner": 130, "text_dim": 200, "n_heads": 4, "n_experts": 5},
         {"hidden": 16, "n_heads": 16, "n_experts": 16},
     ],
     ids=["long", "wide", "many heads"],
 )
 def test_triton_ends_of_the_supported_range(options: dict[str, int]) -> None:
-    check(make(1, **options), rows=3)
+    check(make(1, **options), rows=2)
 
 
 @pytest.mark.parametrize("name", DATA)

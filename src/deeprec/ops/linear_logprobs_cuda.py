@@ -42,7 +42,7 @@ def _forward(
             values=address(values),
             entropy=address(entropies) if entropy else 0,
             states=address(states),
-            workspace=address(workspace),
+            workspace=(address(workspace), workspace.nbytes),
             stream=target.stream,
         )
     return values, entropies, states
@@ -89,7 +89,7 @@ def _backward(
             problem.native,
             io,
             order=problem.order,
-            workspace=address(workspace),
+            workspace=(address(workspace), workspace.nbytes),
             stream=target.stream,
         )
     return gradients

@@ -58,7 +58,7 @@ def _history(packed: PackedTRM, asked: Request) -> Tensor:
             shape=(count, width),
             histories=(history.data_ptr(), starts.data_ptr(), last.data_ptr()),
             states=states.data_ptr(),
-            workspace=workspace.data_ptr(),
+            workspace=(workspace.data_ptr(), size),
             stream=target.stream,
         )
     return states
@@ -80,7 +80,7 @@ def _user_vectors(packed: PackedTRM, asked: Request) -> Tensor:
             states=states.data_ptr(),
             preference=0 if preference is None else preference.data_ptr(),
             users=users.data_ptr(),
-            workspace=workspace.data_ptr(),
+            workspace=(workspace.data_ptr(), size),
             stream=target.stream,
         )
     return users

@@ -22,9 +22,10 @@ __all__: list[str] = []
 
 # A row of a product and a history's scores are a tile in registers.
 LIMITS = {"max_length": 128, "hidden": 512}
-# Width of a product's operands in a step: 128 bytes of bfloat16, one memory transaction; half of
-# that in float32, which is multiplied as three tf32 products whose operands fill registers.
-WIDTH = {torch.bfloat16: 64, torch.float32: 16}
+# Width of a product's operands in a step, by the weights' dtype. The other operand is float32: 32
+# are 128 bytes, one memory transaction; half of that where both are, and are multiplied as three
+# tf32 products whose operands fill registers.
+WIDTH = {torch.bfloat16: 32, torch.float32: 16}
 # Dimensions of a head that attention multiplies in a step, and the least a product takes.
 DIMENSIONS, LEAST = 16, 16
 
