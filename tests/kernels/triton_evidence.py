@@ -155,13 +155,21 @@ def row(case: str, target: str, compiled: Compiled) -> dict[str, Any]:
         "tensor_cores": products.group(1) if products else None,
         "wide_loads": len(WIDE_LOAD.findall(text)),
     }
-    if target in MAX_WARPS:
-        # Registers are given out 8 a thread at a time; 1 KB of shared memory a block is reserved.
-        by_registers = REGISTERS // (-(-found["registers"] // 8) * 8 * threads)
-        by_shared = SHARED_TOTAL[target] // (metadata.shared + 1024)
-        by_warps = MAX_WARPS[target] * 32 // threads
-        result["blocks_per_multiprocessor"] = min(by_registers, by_shared, by_warps)
+    result["blocks_per_multiprocessor"] = blocks(result)
     return result
+
+
+def blocks(r: dict[str, Any]) -> int:
+    """How many of a kernel's blocks are on a multiprocessor (AMD: compute unit) at once."""
+    target, registers = r["target"], -(-r["registers"] // 8) * 8  # given out 8 a thread at a time
+    if target in MAX_WARPS:
+        by_registers = REGISTERS // (registers * r["threads"])
+        by_shared = SHARED_TOTAL[target] // (r["shared"] + 1024)  # 1 KB of a block is reserved
+        by_warps = MAX_WARPS[target] * 32 // r["threads"]
+        return int(min(by_registers, by_shared, by_warps))
+    # Four units of 512 registers a lane, for up to 8 waves of 64 each.
+    waves = 4 * min(512 // registers, 8)
+    return int(min(waves * 64 // r["threads"], SHARED_LIMIT[target] // max(r["shared"], 1)))
 
 
 def compile_case(task: tuple[str, str]) -> list[dict[str, Any]]:
@@ -194,7 +202,7 @@ def faults(rows: list[dict[str, Any]]) -> list[str]:
             bad.append(f"{where}: {r['shared']} bytes of shared memory do not fit")
         if r["kernel"] in PRODUCTS and not r["tensor_cores"]:
             bad.append(f"{where}: no tensor core instruction")
-        if r.get("blocks_per_multiprocessor", 1) < 1:
+        if r["blocks_per_multiprocessor"] < 1:
             bad.append(f"{where}: not one block fits a multiprocessor")
     return bad
 
@@ -209,8 +217,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     for (kernel, target), group in worst.items():
         registers = max(r["registers"] for r in group)
         shared = max(r["shared"] for r in group)
-        blocks = min(r.get("blocks_per_multiprocessor", 0) for r in group) or ""
-        lines.append(f"| {kernel} | {target} | {registers} | {shared:,} | {blocks} |")
+        fewest = min(r["blocks_per_multiprocessor"] for r in group)
+        lines.append(f"| {kernel} | {target} | {registers} | {shared:,} | {fewest} |")
     return "\n".join(lines) + "\n"
 
 
@@ -229,7 +237,7 @@ def main() -> int:
     parser.add_argument("--cases", nargs="+", default=[*CASES], choices=[*CASES])
     arguments = parser.parse_args()
     rows = compile_all(arguments.jobs, arguments.targets, arguments.cases)
-    bad = faults(rows)
+    bad, compiled = faults(rows), len(rows)
 
     def asked(r: dict[str, Any]) -> bool:
         return r["target"] in arguments.targets and r["case"] in arguments.cases
@@ -247,7 +255,7 @@ def main() -> int:
         expected = [identity(r) for r in written if asked(r)]
         if expected != [identity(r) for r in rows]:
             bad.append(f"{EVIDENCE.name} is of other kernels: run this with --write")
-    print("\n".join(bad) or f"{len(rows)} kernels compiled, nothing wrong")
+    print("\n".join(bad) or f"{compiled} kernels compiled, nothing wrong")
     return bool(bad)
 
 
