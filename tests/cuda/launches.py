@@ -26,6 +26,7 @@ class Launch:
     threads: int
     shared: int  # bytes, dynamic
     arguments: tuple[bytes, ...]
+    memory: dict[int, bytes]  # by address: the first bytes that arguments point to
 
 
 def short_names(mangled: list[str]) -> dict[str, str]:
@@ -61,8 +62,8 @@ def launches(*calls: Callable[[], None]) -> list[Launch]:
     mangled = functions(library)
     names = short_names(sorted({mangled[address] for address, *_ in recorded}))
     return [
-        Launch(names[mangled[address]], grid, threads, shared, tuple(arguments))
-        for address, grid, threads, shared, arguments in recorded
+        Launch(names[mangled[address]], grid, threads, shared, tuple(arguments), memory)
+        for address, grid, threads, shared, arguments, memory in recorded
     ]
 
 

@@ -2,8 +2,12 @@
 // they ship.
 #pragma once
 
+#include <sys/uio.h>
+#include <unistd.h>
+
 #include <cstdint>
 #include <cstring>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -15,7 +19,8 @@ struct LaunchRecord {
   const void* kernel;
   dim3 grid, block;
   int smem;
-  std::vector<std::string> arguments;  // the bytes of each
+  std::vector<std::string> arguments;       // the bytes of each
+  std::map<uint64_t, std::string> memory;  // by address: the first bytes that arguments point to
 };
 
 struct LaunchRecords {
@@ -34,10 +39,25 @@ std::string bytes_of(const T& value) {
   return bytes;
 }
 
+// What lies where the words of an argument point, if they do.
+inline void look_at(const std::string& argument, std::map<uint64_t, std::string>* memory) {
+  constexpr size_t kBytes = 64;
+  for (size_t at = 0; at + sizeof(uint64_t) <= argument.size(); at += sizeof(uint64_t)) {
+    uint64_t address;
+    std::memcpy(&address, argument.data() + at, sizeof address);
+    std::string bytes(kBytes, '\0');
+    const iovec to{bytes.data(), kBytes}, from{reinterpret_cast<void*>(address), kBytes};
+    if (address && process_vm_readv(getpid(), &to, 1, &from, 1, 0) == ssize_t(kBytes))
+      (*memory)[address] = bytes;
+  }
+}
+
 template <class... Parameters>
 void record_launch(const void* kernel, dim3 grid, dim3 block, int smem, const Parameters&... args) {
-  if (launch_records().wanted)
-    launch_records().all.push_back({kernel, grid, block, smem, {bytes_of(args)...}});
+  if (!launch_records().wanted) return;
+  LaunchRecord record{kernel, grid, block, smem, {bytes_of(args)...}, {}};
+  for (const std::string& argument : record.arguments) look_at(argument, &record.memory);
+  launch_records().all.push_back(record);
 }
 
 }  // namespace emulator

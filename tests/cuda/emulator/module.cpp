@@ -24,8 +24,8 @@ void record_launches() {
   emulator::launch_records().all.clear();
 }
 
-// (address of the kernel in this library, grid, threads, shared memory, arguments as bytes) of
-// every launch since record_launches, which ends here.
+// (address of the kernel in this library, grid, threads, shared memory, arguments as bytes, memory
+// they point to by address) of every launch since record_launches, which ends here.
 py::list recorded_launches() {
   py::list found;
   for (const emulator::LaunchRecord& r : emulator::launch_records().all) {
@@ -34,8 +34,10 @@ py::list recorded_launches() {
     const auto address = uintptr_t(r.kernel) - uintptr_t(library.dli_fbase);
     py::list arguments;
     for (const std::string& bytes : r.arguments) arguments.append(py::bytes(bytes));
+    py::dict memory;
+    for (const auto& [where, bytes] : r.memory) memory[py::int_(where)] = py::bytes(bytes);
     found.append(py::make_tuple(address, py::make_tuple(r.grid.x, r.grid.y, r.grid.z),
-                                r.block.x * r.block.y * r.block.z, r.smem, arguments));
+                                r.block.x * r.block.y * r.block.z, r.smem, arguments, memory));
   }
   emulator::launch_records() = {};
   return found;
