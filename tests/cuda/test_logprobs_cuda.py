@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from layouts import check_layouts
 from test_linear_logprobs import case, check_against_double, gradients, some_allowed
 
 from deeprec import AllowedTokens, gather_logprobs, linear_logprobs
@@ -108,3 +109,8 @@ def test_cuda_ops_pass_opcheck(emulated) -> None:
     ops = torch.ops.deeprec
     torch.library.opcheck(ops.gather_logprobs_cuda.default, (logits, ids[:, None], 0.8, *rows))
     torch.library.opcheck(ops.linear_logprobs_cuda.default, (hidden, weight, ids, bias, 0.8, *rows))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_strides_and_odd_addresses_change_nothing(emulated, dtype: torch.dtype) -> None:
+    check_layouts("cuda", dtype)

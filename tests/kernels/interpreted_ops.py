@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from layouts import check_layouts
 from torch import Tensor
 
 from deeprec import ItemIndex
@@ -48,3 +49,8 @@ def test_triton_topk_compiles_into_one_graph(backend: str) -> None:
     compiled = torch.compile(search, fullgraph=True, backend=backend)
     for got, expected in zip(compiled(queries), search(queries), strict=True):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_triton_strides_and_odd_addresses_change_nothing(dtype: torch.dtype) -> None:
+    check_layouts("triton", dtype)
