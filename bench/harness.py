@@ -22,13 +22,19 @@ SHORT_CALL = 0.1
 
 
 def timings(
-    calls: Mapping[str, Callable[[], Any]], short: bool, limit: float = MAX_SECONDS
+    calls: Mapping[str, Callable[[], Any]],
+    short: bool,
+    limit: float = MAX_SECONDS,
+    once: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds of every round of every callable, run in turn after one unmeasured round.
 
     A short call is made twice and the second one counts: the first finds the caches full of
-    whatever ran before it, and threads of that library still waiting for more work.
+    whatever ran before it, and threads of that library still waiting for more work. ``once`` is
+    for calls of seconds, beside which the start of threads is nothing: their first call counts.
     """
+    if once:
+        return {name: [timed(call)] for name, call in calls.items()}
     for call in calls.values():
         call()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -36,9 +42,7 @@ def timings(
     while True:
         for name, call in calls.items():
             for _ in range(2):
-                before = time.perf_counter()
-                call()
-                took = time.perf_counter() - before
+                took = timed(call)
                 if took > SHORT_CALL:
                     break
             seconds[name].append(took)
@@ -46,6 +50,13 @@ def timings(
         enough = rounds >= MIN_ROUNDS and elapsed >= MIN_SECONDS * len(calls)
         if short or enough or elapsed > limit * len(calls):
             return seconds
+
+
+def timed(call: Callable[[], Any]) -> float:
+    """Seconds of one call."""
+    before = time.perf_counter()
+    call()
+    return time.perf_counter() - before
 
 
 def median(values: list[float]) -> float:
@@ -88,14 +99,15 @@ class Table:
         unit: str = "",
         bytes_read: float = 0,
         notes: Mapping[str, Any] | None = None,
+        once: bool = False,
     ) -> dict[str, Any]:
-        """Time ours and peers in turn and add a row.
+        """Time ours and peers in turn and add a row; ``once`` as for :func:`timings`.
 
         ``operations`` counts a multiply-add as two; with ``unit`` (a key of :attr:`peaks`) they
         give % of peak, ``bytes_read`` gives % of bandwidth. ``notes`` become columns as they are.
         A peer whose name ends in "(inexact)" is shown, but is not the one to beat.
         """
-        seconds = timings({**ours, **peers}, self.short, self.seconds)
+        seconds = timings({**ours, **peers}, self.short, self.seconds, once)
         exact = [name for name in peers if not name.endswith("(inexact)")]
         first = median(seconds[next(iter(ours))])
         result: dict[str, Any] = {

@@ -102,13 +102,11 @@ def transformers_generate(
 
 def trl_trainer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, talk: Talk, folder: str
-) -> Callable[[list[list[int]]], list[list[int]]] | None:
-    """A turn of TRL's GRPOTrainer on transformers; None where TRL is not installed."""
-    try:
-        from datasets import Dataset
-        from trl import GRPOConfig, GRPOTrainer
-    except ImportError:
-        return None
+) -> Callable[[list[list[int]]], list[list[int]]]:
+    """A turn of TRL's GRPOTrainer on transformers."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
     config = GRPOConfig(
         output_dir=folder,
         per_device_train_batch_size=talk.samples,

@@ -29,7 +29,10 @@ from harness import Table
 import deeprec
 from deeprec.integrations import patching
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# "autocast" is float32 under bfloat16 autocast, what TRL's trainers do by default.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "autocast": torch.float32}
+# Sequences, scored tokens of each, vocabulary, hidden size.
+SHAPE, SHORT = (4, 256, 49_152, 576), (2, 24, 2000, 64)
 RECBOLE = [
     ("SASRec", "movietweetings"),
     ("GRU4Rec", "movietweetings"),
@@ -65,7 +68,7 @@ def trl_step(
 
     def step() -> list[torch.Tensor]:
         model.zero_grad(set_to_none=False)
-        with torch.set_grad_enabled(backward):
+        with torch.set_grad_enabled(backward), torch.autocast("cpu", enabled=dtype == "autocast"):
             out = model(input_ids=ids, labels=labels, fused_lm_head=True)
             if backward:
                 out.log_probs.sum().backward()
@@ -94,34 +97,47 @@ def patched(target: str, call: Callable[[], Any]) -> Callable[[], Any]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("prompt", [0, 256])
 def test_trl_log_prob_step(table: Table, prompt: int, backward: bool, dtype: str) -> None:
     pytest.importorskip("trl")
-    shape = (2, 24, prompt // 16, 2000, 64) if table.short else (8, 256, prompt, 49_152, 576)
-    step, _ = trl_step(dtype, *shape, backward)
+    rows, length, vocabulary, hidden = SHORT if table.short else SHAPE
+    step, _ = trl_step(dtype, rows, length, prompt, vocabulary, hidden, backward)
     ours = patched("trl", step)
     expected, made = step(), ours()
     for theirs, values in zip(expected, made, strict=True):
         tolerance = 1e-3 if dtype == "fp32" else 0.1
         torch.testing.assert_close(values, theirs, rtol=tolerance, atol=tolerance)
-    memory = {}
-    if not table.short or (backward and prompt and dtype == "fp32"):  # processes take their time
-        memory = {
-            name: growth(("trl", name, dtype, *map(str, shape), str(int(backward))), table)
-            for name in ("deeprec", "TRL")
-        }
+    products = 4 if backward else 1  # logits, and again for the two gradients
     table.row(
         "TRL log-prob step",
         {
-            "sequences": f"{shape[0]} x ({shape[2]} prompt + {shape[1]})",
-            "H, V": f"{shape[4]}, {shape[3]}",
+            "sequences": f"{rows} x ({prompt} prompt + {length})",
+            "H, V": f"{hidden}, {vocabulary}",
             "dtype": dtype,
             "pass": "forward + backward" if backward else "forward",
         },
         ours={"patched": ours},
         peers={"TRL": step},
-        notes={f"{name} MB": f"{value:.0f}" for name, value in memory.items()},
+        operations=2.0 * products * rows * length * vocabulary * hidden,
+        unit="fp32_fma" if dtype == "fp32" else "bf16_dot",
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_trl_memory(table: Table, dtype: str) -> None:
+    pytest.importorskip("trl")
+    if table.short and dtype != "fp32":
+        pytest.skip("a process takes its time")
+    rows, length, vocabulary, hidden = SHORT if table.short else SHAPE
+    shape = (rows, length, length, vocabulary, hidden, 1)
+    memory = {
+        name: growth(("trl", name, dtype, *map(str, shape)), table) for name in ("TRL", "deeprec")
+    }
+    table.facts(
+        "TRL log-prob step, memory",
+        {"sequences": f"{rows} x ({length} prompt + {length})", "dtype": dtype},
+        {f"{name} MB": f"{value:.0f}" for name, value in memory.items()},
     )
     if not table.short:
         assert memory["deeprec"] < memory["TRL"]

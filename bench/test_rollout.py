@@ -24,6 +24,15 @@ def make_talk(vocabulary: int, *, prompt: int, observation: int, new: int, sampl
     return Talk(ids(prompt), [[ids(observation) for _ in range(2)] for _ in range(samples)], new)
 
 
+def forwarded(talk: Talk) -> int:
+    """Tokens the engine computes: the prompt once for all, observations, and what was sampled.
+
+    The last token of a sample is never forwarded; the last one of the prompt is, for each sample.
+    """
+    new = sum(map(len, talk.observations[0])) + talk.turns * talk.new - 1
+    return len(talk.prompt) + talk.samples * new + talk.samples - 1
+
+
 def without_end(model: PreTrainedModel) -> PreTrainedModel:
     """``model`` without a token that ends a text: every turn is as long as it may be."""
     assert model.generation_config is not None
@@ -32,7 +41,8 @@ def without_end(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_smollm2_three_turns(table: Table, dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize("peer", ["generate", "GRPOTrainer"])
+def test_smollm2_three_turns(table: Table, peer: str, dtype: torch.dtype, tmp_path: Path) -> None:
     if table.short:
         from deeprec.data import Catalog
 
@@ -51,13 +61,14 @@ def test_smollm2_three_turns(table: Table, dtype: torch.dtype, tmp_path: Path) -
     ends, tokenizer.eos_token = tokenizer.eos_token, None
     ours, engine = with_engine(model, tokenizer, talk)
     tokenizer.eos_token = ends
-    peers = {"generate": reprefilling(transformers_generate(model, talk), talk)}
-    if trl := trl_trainer(model, tokenizer, talk, str(tmp_path)):
-        peers["GRPOTrainer"] = reprefilling(trl, talk)
-    before = engine.forwarded_tokens
-    for run in (ours, *peers.values()) if table.short else (ours,):
-        assert [len(ids) for ids in run()] == [talk.turns * talk.new] * talk.samples
-    forwarded = engine.forwarded_tokens - before
+    theirs = transformers_generate(model, talk)
+    if peer == "GRPOTrainer":
+        pytest.importorskip("trl")
+        theirs = trl_trainer(model, tokenizer, talk, str(tmp_path))
+    other = reprefilling(theirs, talk)
+    if table.short:
+        for run in (ours, other):
+            assert [len(ids) for ids in run()] == [talk.turns * talk.new] * talk.samples
     weights = sum(p.numel() for n, p in model.named_parameters() if "embed" not in n)
     result = table.row(
         "roll-out",
@@ -70,9 +81,11 @@ def test_smollm2_three_turns(table: Table, dtype: torch.dtype, tmp_path: Path) -
             "samples": talk.samples,
         },
         ours={"deeprec": ours},
-        peers=peers,
-        operations=2.0 * weights * forwarded,
+        peers={peer: other},
+        operations=2.0 * weights * forwarded(talk),
         unit="fp32_fma" if dtype == torch.float32 else "bf16_dot",
     )
+    # Every run forwarded the same: each prompt and observation once, and a row per sampled token.
+    assert engine.forwarded_tokens % forwarded(talk) == 0
     for name, milliseconds in result["median_ms"].items():
         result["notes"][f"{name} tok/s"] = f"{1e3 * talk.sampled / milliseconds:.0f}"

@@ -19,7 +19,7 @@ import torch
 from harness import Table
 from torch import Tensor
 from torch.nn import functional as F
-from trm_peers import CompiledTRM, authors_path, recbole_ms
+from trm_peers import CompiledTRM, authors_path, eager_module, recbole_ms
 
 from deeprec.trm import PreferenceAwareTRM, TRMConfig
 
@@ -86,7 +86,8 @@ def test_trm(table: Table, items: int, length: int | str, batch: int) -> None:
     states, width = packed.history_states(history, lengths), history.shape[1]
     peers: dict[str, Callable[[], Any]] = {}
     if items * batch <= LARGEST_SCORES:
-        peers["eager"] = partial(authors_path(model, K), *asked)
+        peers["authors' path"] = partial(authors_path(model, K), *asked)
+        peers["eager module"] = partial(eager_module(model, K), *asked)
         if width == 20 and batch in COMPILED and not table.short:
             peers["cached, compiled"] = partial(compiled_of(items, longest), *asked)
     check(model, asked, peers)
@@ -114,8 +115,9 @@ def test_trm(table: Table, items: int, length: int | str, batch: int) -> None:
         floor = 1e3 * (work / table.peaks["fp32_fma"] + search / table.peaks["int8_dot"])
         notes["floor ms"] = f"{floor:.3g}"
         notes["% of floor"] = f"{100 * floor / ms['deeprec']:.0f}"
-    if "eager" in ms:
-        notes["eager / ours"] = f"{ms['eager'] / ms['deeprec']:.1f}"
+    if "eager module" in ms:
+        faster = min(ms["authors' path"], ms["eager module"])
+        notes["eager / ours"] = f"{faster / ms['deeprec']:.1f}"
     if "cached, compiled" in ms:
         notes["compiled / ours"] = f"{ms['cached, compiled'] / ms['deeprec']:.1f}"
     shared = (best[:, :, None] == kept[:, None]).any(2).float().mean()
@@ -154,7 +156,7 @@ def test_latency(table: Table, threads: int) -> None:
         "deeprec": partial(packed.retrieve, *asked, K, exclude_history=True),
         "bf16": partial(half.retrieve, *asked, K, exclude_history=True),
         "later turn": partial(packed.retrieve, *asked, K, exclude_history=True, states=states),
-        "eager": partial(authors_path(model, K), *asked),
+        "eager module": partial(eager_module(model, K), *asked),
         "cached, compiled": partial(compiled_of(items, length), *asked),
     }
     torch.set_num_threads(threads)
@@ -163,7 +165,7 @@ def test_latency(table: Table, threads: int) -> None:
             for _ in range(20):
                 call()
             seconds = []
-            for _ in range(1000 if name not in ("eager",) else 200):
+            for _ in range(200 if name == "eager module" else 1000):
                 before = time.perf_counter()
                 call()
                 seconds.append(time.perf_counter() - before)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,8 +16,9 @@ from torch.nn import functional as F
 
 from deeprec.trm import PreferenceAwareTRM
 from deeprec.trm.convolution import multiply_spectra
+from deeprec.trm.layers import Encoder, EncoderLayer
 
-__all__ = ["CompiledTRM", "authors_path", "recbole_ms"]
+__all__ = ["CompiledTRM", "authors_path", "eager_module", "recbole_ms"]
 
 # A Python that has RecBole 1.2.1, which installs up to Python 3.11 with setuptools < 81.
 RECBOLE_PYTHON = "RECBOLE_PYTHON"
@@ -28,8 +30,71 @@ def ranked(users: Tensor, items: Tensor, history: Tensor, k: int) -> Any:
     return scores.scatter_(1, history, -torch.inf)[:, 1:].topk(k)
 
 
+def padded_encoder(encoder: Encoder, states: Tensor, lengths: Tensor) -> Tensor:
+    """The encoder over ``[B, T, H]``, padding included; the last layer at one position."""
+    padding = (torch.arange(states.shape[1]) >= lengths[:, None])[:, None, None]
+    mask = states.new_zeros(padding.shape).masked_fill_(padding, torch.finfo(states.dtype).min)
+
+    def apply(layer: EncoderLayer, queries: Tensor, context: Tensor) -> Tensor:
+        attention = layer.multi_head_attention
+        q, k, v = (
+            linear(x).unflatten(-1, (attention.n_heads, -1)).transpose(1, 2)
+            for linear, x in (
+                (attention.query, queries),
+                (attention.key, context),
+                (attention.value, context),
+            )
+        )
+        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + mask
+        heads = (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
+        return layer.feed_forward(attention.LayerNorm(queries + attention.out_linear(heads)))
+
+    *layers, last_layer = (cast(EncoderLayer, layer) for layer in encoder.layer)
+    for layer in layers:
+        states = apply(layer, states, states)
+    last = states.take_along_dim((lengths - 1)[:, None, None], dim=1)
+    return apply(last_layer, last, states).squeeze(1)
+
+
+def padded_vectors(
+    model: PreferenceAwareTRM,
+    history: Tensor,
+    lengths: Tensor,
+    preference: Tensor,
+    texts: Tensor,
+    table: Tensor,
+) -> Tensor:
+    """User vectors from adapted texts ``[L, B, H]`` and the items' table, padding included."""
+    width = history.shape[1]
+    padded = F.pad(history, (0, model.config.max_length - width))
+    # Real matrices instead of complex transforms: faster, and torch.compile generates no others.
+    ids, words = model._spectrum(F.embedding(padded.T, table)), model._spectrum(texts)
+    kernel = model.complex_weight.permute(3, 1, 0, 2).flatten(0, 1)
+    a, b = (model._sequence(multiply_spectra(ids, other))[:, :width] for other in (kernel, words))
+    mixed = 2 * (
+        a * torch.sigmoid(model.item_gating(a)) + b * torch.sigmoid(model.fusion_gating(b))
+    )
+    states = model.LayerNorm(mixed + model.position_embedding.weight[:width])
+    return model.with_preference(padded_encoder(model.trm_encoder, states, lengths), preference)
+
+
 def authors_path(model: PreferenceAwareTRM, k: int) -> Callable[..., Any]:
     """Module by module; item texts through the adaptor and the table normalised at every call."""
+
+    @torch.no_grad()
+    def call(history: Tensor, lengths: Tensor, preference: Tensor) -> Any:
+        padded = F.pad(history, (0, model.config.max_length - history.shape[1])).T
+        items, where = padded.unique(return_inverse=True)
+        texts = F.embedding(where, model.moe_adaptor(model.item_plm_embedding(items)))
+        table = model.item_embedding.weight
+        users = padded_vectors(model, history, lengths, preference, texts, table)
+        return ranked(users, F.normalize(table, dim=1), history, k)
+
+    return call
+
+
+def eager_module(model: PreferenceAwareTRM, k: int) -> Callable[..., Any]:
+    """The same without padding in the encoder, as the module computes it in training."""
 
     @torch.no_grad()
     def call(history: Tensor, lengths: Tensor, preference: Tensor) -> Any:
@@ -56,20 +121,9 @@ class CompiledTRM:
     def _vectors(
         self, history: Tensor, lengths: Tensor, preference: Tensor, texts: Tensor, table: Tensor
     ) -> Tensor:
-        model = self.model
-        width = history.shape[1]
-        padded = F.pad(history, (0, model.config.max_length - width))
-        # Real matrices instead of complex transforms, which torch.compile does not generate.
-        ids, words = (model._spectrum(F.embedding(padded.T, table)) for table in (table, texts))
-        kernel = model.complex_weight.permute(3, 1, 0, 2).flatten(0, 1)
-        a, b = (
-            model._sequence(multiply_spectra(ids, other))[:, :width] for other in (kernel, words)
-        )
-        mixed = 2 * (
-            a * torch.sigmoid(model.item_gating(a)) + b * torch.sigmoid(model.fusion_gating(b))
-        )
-        states = model.LayerNorm(mixed + model.position_embedding.weight[:width])
-        return model.with_preference(model.trm_encoder(states, lengths), preference)
+        padded = F.pad(history, (0, self.model.config.max_length - history.shape[1]))
+        words = F.embedding(padded.T, texts)
+        return padded_vectors(self.model, history, lengths, preference, words, table)
 
     @torch.no_grad()
     def __call__(self, history: Tensor, lengths: Tensor, preference: Tensor) -> Any:

@@ -130,7 +130,17 @@ inline Vec multiply_add(Word x, const Word* y, Vec sum) { return fma(set1(x), lo
 constexpr int kRows = Vec::width == 16 ? 8 : 4, kColumns = 2;
 // Blocks of B that stay in the first-level cache while every row passes over them. Their sum starts
 // at 0 and is then added to C, which keeps rounding errors from growing along all of k.
+#if defined(__AVX512BF16__)
+constexpr int64_t kResident = 4;
+#else
 constexpr int64_t kResident = 2;
+#endif
+
+// Asks for the part of a block that lies where rows [row, row + kRows) of an A block do.
+inline void prefetch(const Packed* block, int row) {
+  const char* part = (const char*)block + sizeof(Packed) / kSide * row;
+  for (size_t i = 0; i < sizeof(Packed) / kSide * kRows; i += 64) __builtin_prefetch(part + i);
+}
 
 inline void multiply(Blocks a, Blocks b, int64_t n, float* c, bool accumulate) {
   constexpr int w = Vec::width;
@@ -146,6 +156,8 @@ inline void multiply(Blocks a, Blocks b, int64_t n, float* c, bool accumulate) {
         for (int64_t k = start; k < end; ++k) {
           const Word* x = (const Word*)a.first[k * a.step].part[0] + row * kSteps;
           const Word* y = (const Word*)b.first[k * b.step].part[0] + lane;
+          prefetch(a.first + (k + 1) * a.step, row);
+          prefetch(b.first + (k + kResident) * b.step, row);
           for (int i = 0; i < kSteps; ++i)
 #pragma GCC unroll 8
             for (int r = 0; r < kRows; ++r)

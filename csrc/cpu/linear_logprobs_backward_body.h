@@ -116,7 +116,7 @@ class FullBackward {
         depth_lanes_(to_weight_ ? panels_ * depth_ * kBytes : 0),
         slice_(kSliceBlocks * depth_ * kBytes),
         turned_slice_(to_hidden_ ? kSliceBlocks * depth_ * kBytes : 0),
-        gradients_(keeps_gradients_ ? least(kChunk, panels_) * kSliceBlocks * kBytes : 0),
+        gradients_(keeps_gradients_ ? kChunk * kSliceBlocks * kBytes : 0),
         hidden_(to_hidden_ ? panels_ * depth_ * kFloatBytes : 0),
         weight_(to_weight_ ? kSliceBlocks * depth_ * kFloatBytes : 0),
         line_(p.threads * depth_ * kSide * int64_t(sizeof(float))) {}
@@ -228,7 +228,7 @@ class FullBackward {
         pack_b(copy, lanes[block]);
       }
       if (keeps_gradients_)
-        pack_a(tile, packed(gradients_)[(panel - chunk) * kSliceBlocks + block]);
+        pack_a(tile, packed(gradients_)[block * kChunk + panel - chunk]);
     }
     if (!to_hidden_) return;
     for (int64_t h = 0; h < depth_; ++h)
@@ -238,15 +238,15 @@ class FullBackward {
 
   // One block of the weight gradient, over the panels of a chunk.
   void weight_phase(int64_t h, int64_t block, int64_t chunk, int64_t end) {
-    multiply({packed(gradients_) + block, kSliceBlocks},
+    multiply({packed(gradients_) + block * kChunk, 1},
              {packed(depth_lanes_) + h * panels_ + chunk, 1}, end - chunk,
              floats(weight_) + (h * kSliceBlocks + block) * kBlockSize, chunk > 0);
   }
 
   void bias_phase(int64_t first, int64_t r, int64_t chunk, int64_t end) {
-    const Packed* block = packed(gradients_) + r / kSide;
+    const Packed* block = packed(gradients_) + r / kSide * kChunk;
     float total = 0;
-    for (int64_t panel = chunk; panel < end; ++panel, block += kSliceBlocks)
+    for (int64_t panel = chunk; panel < end; ++panel, ++block)
       total += sum_of_row(*block, int(r % kSide));
     io_.grad_bias[first + r] += total;
   }
@@ -279,7 +279,7 @@ class FullBackward {
   Scratch depth_lanes_;   // hidden as B blocks, one lane an H
   Scratch slice_;         // of the head, as A blocks with rows of the vocabulary
   Scratch turned_slice_;  // the same with rows of H
-  Scratch gradients_;     // D of a chunk, as A blocks [panel][slice block]
+  Scratch gradients_;     // D of a chunk, as A blocks [slice block][panel]
   Scratch hidden_;        // hidden gradient, [panel][H block], one lane a token
   Scratch weight_;        // weight gradient of a slice, [H block][slice block], one lane an H
   Scratch line_;          // a row for every thread

@@ -12,7 +12,7 @@ namespace deeprec {
 struct GatherProblem {
   const void* logits = nullptr;
   DType dtype = DType::f32;
-  const int64_t* row_offsets = nullptr;  // [rows], in elements from `logits`
+  const int64_t* row_offsets = nullptr;  // [rows], in elements; nullptr: rows are contiguous
   int64_t rows = 0, vocabulary = 0, ids_per_row = 0;
   const int64_t* ids = nullptr;  // [rows, ids_per_row]
   const uint8_t* mask = nullptr;  // [rows], 0 = does not count; nullptr: all count

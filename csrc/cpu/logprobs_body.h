@@ -13,7 +13,7 @@ inline bool counts(const GatherProblem& p, int64_t row) { return !p.mask || p.ma
 
 template <class T>
 const T* logits_row(const GatherProblem& p, int64_t row) {
-  return static_cast<const T*>(p.logits) + p.row_offsets[row];
+  return static_cast<const T*>(p.logits) + (p.row_offsets ? p.row_offsets[row] : row * p.vocabulary);
 }
 
 // The permitted ids of a row; empty when it is unrestricted.

@@ -10,7 +10,7 @@ from typing import Any
 import evidence
 import pytest
 import torch
-from test_packed import ask, make
+from small_trm import ask, make
 
 from deeprec import _C, linear_logprobs, topk_retrieve
 from deeprec.ops import cuda

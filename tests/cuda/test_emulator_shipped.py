@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from emulation import ROOT, SCHEDULES, build, emulating, load
+from small_trm import ask, eager, make
 from test_emulator import mutated
-from test_packed import ask, eager, make
 
 from deeprec import linear_logprobs, topk_retrieve
 

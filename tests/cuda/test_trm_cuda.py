@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from small_trm import ask, assert_as_exact_as_eager, make
 from test_model import reference
-from test_packed import DATA, ask, assert_as_exact_as_eager, make
+from test_packed import DATA
 
 from deeprec import backends
 from deeprec.ops import SeenItems

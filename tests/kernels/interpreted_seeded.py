@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from test_packed import ask, make
+from small_trm import ask, make
 from triton.runtime.errors import InterpreterError
 from triton_plugin import shrink
 

@@ -23,9 +23,9 @@ import torch
 import triton
 from triton_compile import TARGETS, Compiled, compiling_for
 
-from deeprec.ops import linear_logprobs_triton, logprobs_triton, topk_triton
+from deeprec.ops import topk_triton
 from deeprec.trm import PreferenceAwareTRM, TRMConfig, packed_triton
-from deeprec.trm.packed import Request
+from deeprec.trm.request import Request
 
 ROOT = Path(__file__).parents[2]
 EVIDENCE = ROOT / "docs" / "gpu_evidence_triton.json"
@@ -64,8 +64,9 @@ def gather(dtype: torch.dtype) -> None:
     logits = torch.zeros(4, 4096, dtype=dtype)
     ids, mask = torch.zeros(4, 1, dtype=torch.long), torch.ones(4, dtype=torch.bool)
     allowed = (torch.arange(5), torch.arange(4))
-    forward = logprobs_triton._forward(logits, ids, 1.0, mask, *allowed, True)
-    logprobs_triton._backward(*forward[:2], logits, ids, 1.0, mask, *allowed, *forward[1:])
+    problem = (logits, ids, 1.0, mask, *allowed)
+    forward = torch.ops.deeprec.gather_logprobs_triton(*problem, True)
+    torch.ops.deeprec.gather_logprobs_triton_backward(*forward[:2], *problem, *forward[1:])
 
 
 def linear(dtype: torch.dtype) -> None:
@@ -73,8 +74,10 @@ def linear(dtype: torch.dtype) -> None:
     ids, bias, mask = torch.zeros(16).long(), torch.zeros(4096), torch.ones(16, dtype=torch.bool)
     allowed = (torch.arange(17), torch.arange(16))
     problem = (hidden, weight, ids, bias, 1.0, mask, *allowed)
-    forward = linear_logprobs_triton._forward(*problem, True)
-    linear_logprobs_triton._backward(*forward[:2], *problem, *forward[1:], [True] * 3)
+    forward = torch.ops.deeprec.linear_logprobs_triton(*problem, True)
+    torch.ops.deeprec.linear_logprobs_triton_backward(
+        *forward[:2], *problem, *forward[1:], [True] * 3
+    )
 
 
 def topk(dtype: torch.dtype, k: int) -> None:
@@ -86,7 +89,7 @@ def trm(dtype: torch.dtype, **options: int) -> None:
     config = TRMConfig(n_items=100, text_dim=384, **options)
     packed = PreferenceAwareTRM(config).eval().pack(dtype)
     history, lengths = torch.ones(4, config.max_length).long(), torch.ones(4).long()
-    asked = Request(packed, history, lengths, torch.zeros(4, config.text_dim))
+    asked = Request(history, lengths, preference=torch.zeros(4, config.text_dim))
     packed_triton._user_vectors(packed, asked)
 
 

@@ -306,6 +306,26 @@ def test_opcheck():
     )
 
 
+def test_inductor_generates_code_around_them():
+    hidden, weight, ids = head(6, 8, 20)
+    mask = torch.arange(6) != 2
+
+    def loss(h, w):
+        h = torch.tanh(h) * 2
+        values, entropy = linear_logprobs(h, w, ids, mask=mask, entropy=True)
+        chosen = gather_logprobs((h @ w.T).float() + 1, ids, mask=mask)
+        return (values.exp() * 2 + entropy - chosen).sum()
+
+    results = []
+    for run in (loss, torch.compile(loss, fullgraph=True, backend="inductor")):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+        value = run(*leaves)
+        value.backward()
+        results.append([value.detach(), *(x.grad for x in leaves)])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
 MEMORY = """
 import resource, torch
 from deeprec import linear_logprobs

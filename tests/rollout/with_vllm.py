@@ -65,7 +65,8 @@ def engine(model: PreTrainedModel, word_tokenizer: PreTrainedTokenizerFast) -> I
 @pytest.fixture(autouse=True)
 def released(engine: VLLMEngine) -> Iterator[None]:
     yield
-    engine.restart() if engine._vllm is None else None
+    if not engine._vllm.running:
+        engine.restart()
     for name in list(engine._conversations):
         engine.release(name)
     engine.sampling = LONG
@@ -75,7 +76,6 @@ def test_logprobs_equal_the_trainers_over_three_turns(
     engine: VLLMEngine, model: PreTrainedModel
 ) -> None:
     contexts = new = prompts(10)
-    before = engine.cached_tokens
     for turn in range(3):
         requests = [Request(i, ids, seed=i, stop=("s",)) for i, ids in enumerate(new)]
         samples = engine.generate(requests)
@@ -85,10 +85,25 @@ def test_logprobs_equal_the_trainers_over_three_turns(
             assert (sample.finish == "stop") == ("s" in ends and ends != "<eos>")
             assert "s" not in engine.text.decode(sample.ids[:-1])
             check_logprobs(model, context, sample)
-        # vLLM caches blocks of 128 tokens on the CPU.
         new = [random_ids(turn + 140 + i, seed=99 + i) for i in range(10)]
         contexts = [c + s.ids + ids for c, s, ids in zip(contexts, samples, new, strict=True)]
-    assert engine.cached_tokens > before  # earlier turns are not computed again
+
+
+def test_earlier_turns_come_out_of_the_prefix_cache(engine: VLLMEngine) -> None:
+    """All of a conversation but its last unfinished block; samples of a prompt share that too."""
+    block = engine._vllm._vllm.vllm_config.cache_config.block_size
+    new = [random_ids(block + 30, seed=77)] * 3
+    # Of the same prompt, the second and third conversation find the first one's whole block. The
+    # last sampled token of a turn was never an input, so it is in no block.
+    computed = [0, block, block]
+    for turn in range(3):
+        before = engine.cached_tokens
+        # One after the other: of requests that start together, none finds the others' blocks.
+        for i, ids in enumerate(new):
+            engine.generate([Request(i, ids, seed=i)])
+        assert engine.cached_tokens - before == sum(n // block * block for n in computed)
+        computed = [len(engine._conversations[i].ids) - 1 for i in range(3)]
+        new = [random_ids(block // 2 + 7 * i, seed=10 * turn + i) for i in range(3)]
 
 
 def test_a_turn_repeats_with_its_seed(engine: VLLMEngine) -> None:
@@ -151,23 +166,72 @@ def test_weights_follow_the_policy_in_place(engine: VLLMEngine, model: PreTraine
         check_logprobs(make_model(), prompt, sample)
 
 
-def test_a_dead_engine_is_an_error_and_can_be_started_again(
-    engine: VLLMEngine, model: PreTrainedModel
-) -> None:
-    # vLLM itself would wait for a killed process without end.
-    engine.options = replace(OPTIONS, timeout=20.0)
-    engine.submit(Request(0, random_ids(6, seed=0)))
+def signal_engine(number: signal.Signals) -> None:
+    """Send a signal to the processes in which vLLM computes."""
     for child in psutil.Process().children(recursive=True):
         if "VLLM" in " ".join(child.cmdline()) or "VLLM" in child.name():
-            os.kill(child.pid, signal.SIGKILL)
+            os.kill(child.pid, number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_an_engine_that_stops_answering_is_started_anew(
+    engine: VLLMEngine, model: PreTrainedModel, number: signal.Signals
+) -> None:
+    """vLLM itself would wait for a process that is dead or hangs without end."""
+    engine._vllm.options = replace(OPTIONS, timeout=20.0)
+    engine.submit(Request(0, random_ids(6, seed=0)))
+    signal_engine(number)
     with pytest.raises(EngineError, match=r"vLLM (failed|has not answered for 20 s)"):
         while True:
             engine.step()
-    engine.options = OPTIONS
+    engine._vllm.options = OPTIONS
     engine.restart()
     prompt = random_ids(6, seed=0)
     (sample,) = engine.generate([Request(0, prompt)])
     check_logprobs(model, prompt, sample)
+
+
+def test_a_training_survives_an_engine_that_dies_and_saves_when_it_keeps_dying(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = rl_world.make_world(hidden=64)
+    sampling = SamplingConfig(max_turn_tokens=16, max_tokens=400)
+    options = replace(OPTIONS, timeout=20.0)
+    engine = VLLMEngine(world.policy, world.engine.tokenizer, sampling, options=options)
+    config = RLConfig(
+        steps=2, prompts_per_step=2, samples_per_prompt=2, train_batch=None, out=str(tmp_path)
+    )
+    rewards = rl_world.ToyRewards(lambda made: [float(len(made.response_ids))])
+    calls, restarts, dies_at = 0, 0, {3}
+    step, restart = engine.step, engine.restart
+
+    def dying_step() -> list[object]:
+        nonlocal calls
+        calls += 1
+        if calls in dies_at:
+            signal_engine(signal.SIGKILL)
+        return list(step())
+
+    def counted_restart() -> None:
+        nonlocal restarts
+        restarts += 1
+        restart()
+
+    monkeypatch.setattr(engine, "step", dying_step)
+    monkeypatch.setattr(engine, "restart", counted_restart)
+    try:
+        trainer = Trainer(world.policy, engine, world.env, rewards, config)
+        lines = trainer.train(world.requests)
+        assert restarts == 1 and len(lines) == 2
+        assert all(line["logprob_difference"] < 1e-3 for line in lines)
+        dies_at.update(range(calls + 1, calls + 10_000))
+        more = Trainer(world.policy, engine, world.env, rewards, replace(config, steps=4))
+        with pytest.raises(EngineError, match="failed 3 times in one roll-out"):
+            more.train(world.requests, resume=True)
+        saved = [path.name for path in (tmp_path / "checkpoints" / "rl").iterdir()]
+        assert saved == ["step-00000002"]
+    finally:
+        engine.close()
 
 
 def test_a_training_step(tmp_path: Path) -> None:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import os
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_trm import ask, assert_as_exact_as_eager, assert_same_ranking, eager, make
 from test_model import reference
 
 from deeprec import _C, backends
 from deeprec.ops import SeenItems
-from deeprec.trm import HistoryStates, PackedTRM, PreferenceAwareTRM, TRMConfig
+from deeprec.trm import HistoryStates, PreferenceAwareTRM
 
 ISAS = _C.available_isas()
 DATA = sorted(path.stem for path in (Path(__file__).parent.parent / "data").glob("trm_*.npz"))
@@ -27,58 +25,6 @@ DATA = sorted(path.stem for path in (Path(__file__).parent.parent / "data").glob
 def default_isa() -> Iterator[None]:
     yield
     _C.set_isa("auto")
-
-
-def make(seed: int = 0, *, padding_row: bool = False, **options: Any) -> PreferenceAwareTRM:
-    """A model whose every parameter matters."""
-    torch.manual_seed(seed)
-    shape = {"n_items": 40, "text_dim": 12, "hidden": 24, "inner": 40, "max_length": 9}
-    config = TRMConfig(**{**shape, **options})
-    model = PreferenceAwareTRM(config, torch.randn(config.n_items, config.text_dim)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-        if padding_row:  # as in checkpoints whose initialisation forgot the padding row
-            model.item_plm_embedding.weight[0] = torch.randn(config.text_dim)
-        else:
-            model.item_embedding.weight[0] = 0
-    return model
-
-
-def ask(
-    model: PreferenceAwareTRM, rows: int, seed: int = 0, shortest: int = 1
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    random = torch.Generator().manual_seed(seed)
-    width = model.config.max_length
-    lengths = torch.randint(min(shortest, width), width + 1, (rows,), generator=random)
-    history = torch.randint(1, model.config.n_items + 1, (rows, width), generator=random)
-    history *= torch.arange(width) < lengths[:, None]
-    return history, lengths, torch.randn(rows, model.config.text_dim, generator=random)
-
-
-@torch.no_grad()
-def eager(model: PreferenceAwareTRM, history: Any, lengths: Any, preference: Any) -> torch.Tensor:
-    return model.with_preference(model.history_states(history, lengths), preference)
-
-
-def assert_as_exact_as_eager(
-    model: PreferenceAwareTRM, users: torch.Tensor, history: Any, lengths: Any, preference: Any
-) -> None:
-    """Within 1e-5 of the model in float64, and of the eager module but for its own error."""
-    exact = eager(copy.deepcopy(model).double(), history, lengths, preference.double())
-    own_error = (eager(model, history, lengths, preference) - exact).abs().max()
-    assert float((users - exact).abs().max()) <= 1e-5 + 3 * float(own_error)
-
-
-def assert_same_ranking(model: PreferenceAwareTRM, users: torch.Tensor, found: Any, k: int) -> None:
-    """The eager top-k, up to items whose scores differ by less than 1e-5."""
-    items = torch.nn.functional.normalize(model.item_embedding.weight[1:].detach(), dim=1)
-    scores = torch.nn.functional.normalize(users, dim=1) @ items.T
-    best = scores.topk(k)
-    torch.testing.assert_close(found.values, best.values, rtol=0, atol=1e-5)
-    picked = scores.gather(1, found.indices - 1)
-    torch.testing.assert_close(picked, best.values, rtol=0, atol=1e-5)
 
 
 shapes = st.fixed_dictionaries(
@@ -319,187 +265,3 @@ def test_a_forked_child_answers() -> None:
         assert os.waitpid(child, 0)[1] == 0
     finally:
         torch.set_num_threads(threads)
-
-
-# ---- bad input ----
-
-
-def test_bad_requests_name_the_argument() -> None:
-    model = make()
-    packed = model.pack()
-    history, lengths, preference = ask(model, 3, shortest=9)
-
-    def refused(error: type[Exception], match: str, *asked: Any, **options: Any) -> None:
-        with pytest.raises(error, match=match):
-            packed.retrieve(*asked, **{"k": 3, **options})
-
-    refused(ValueError, "lengths.*got 0 in row 1", history, torch.tensor([9, 0, 9]), None)
-    refused(ValueError, "lengths.*got 10", history, torch.tensor([9, 10, 9]), None)
-    refused(ValueError, "lengths.*shape", history, lengths[:2], None)
-    refused(TypeError, "lengths.*int64", history, lengths.float(), None)
-    refused(TypeError, "history.*int64", history.int(), lengths, None)
-    refused(ValueError, "history.*1 to 9", torch.ones(3, 10, dtype=torch.int64), lengths, None)
-    refused(ValueError, "history.*shape", history[0], lengths, None)
-    for item in (-1, 0, 41, 2**40):
-        wrong = history.clone()
-        wrong[1, 0] = item
-        refused(IndexError, f"history: row 1 holds {item} at position 0", wrong, lengths, None)
-    beyond = torch.ones_like(history)
-    refused(ValueError, "history.*beyond its length", beyond, torch.tensor([9, 2, 9]), None)
-    refused(ValueError, "preference.*text_dim|preference.*12", history, lengths, preference[:, :5])
-    refused(ValueError, "preference", history, lengths, preference[:2])
-    refused(TypeError, "preference.*float32", history, lengths, preference.double())
-    for bad in (float("nan"), float("inf")):
-        wrong = preference.clone()
-        wrong[2, 4] = bad
-        refused(ValueError, "preference: row 2 holds NaN or inf", history, lengths, wrong)
-    refused(ValueError, "k must be", history, lengths, None, k=0)
-    refused(ValueError, "exclude.*3 rows", history, lengths, None, exclude=SeenItems.from_lists([]))
-    refused(ValueError, "exclude", history, lengths, None, exclude=[[1], [2], [3]])
-    wrong_ids = SeenItems.from_lists([[1], [41], []])
-    refused(IndexError, "exclude: row 1 holds 41", history, lengths, None, exclude=wrong_ids)
-    refused(ValueError, "history and lengths", None, None, None)
-    refused(ValueError, "states", history, lengths, None, states=torch.zeros(3, 5))
-    states = packed.history_states(history, lengths)
-    refused(ValueError, "exclude_history", None, None, None, states=states, exclude_history=True)
-    states[1, 2] = torch.nan
-    refused(ValueError, "states: row 1", None, None, None, states=states)
-    with pytest.raises(ValueError, match="dtype"):
-        model.pack(torch.float16)
-
-
-@pytest.mark.parametrize(
-    "name", ["item_embedding.weight", "trm_encoder.layer.1.feed_forward.linear_2.bias"]
-)
-def test_weights_that_are_not_finite_are_named(name: str) -> None:
-    model = make()
-    with torch.no_grad():
-        dict(model.named_parameters())[name].view(-1)[-1] = torch.nan
-    history, lengths, preference = ask(model, 3)
-    with pytest.raises(ValueError, match=name):
-        model.retrieve(history, lengths, preference, 3)
-
-
-def test_a_checkpoint_of_another_shape_names_the_tensor() -> None:
-    with pytest.raises(RuntimeError, match=r"item_embedding\.weight"):
-        make().load_state_dict(make(n_items=41).state_dict())
-
-
-# ---- staleness ----
-
-
-def assert_follows(model: PreferenceAwareTRM) -> None:
-    asked = ask(model, 4)
-    with torch.no_grad():
-        torch.testing.assert_close(
-            model.pack().user_vectors(*asked), eager(model, *asked), rtol=0, atol=1e-5
-        )
-        found = model.retrieve(*asked, 5)
-        assert_same_ranking(model, eager(model, *asked), found, 5)
-
-
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("train", [False, True])
-def test_an_optimizer_step_is_followed(fused: bool, train: bool) -> None:
-    model = make()
-    held = model.pack()
-    asked = ask(model, 4)
-    held.retrieve(*asked, 5)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=0.1, fused=fused)
-    for _ in range(2):
-        if train:
-            model.train()
-        model.user_vectors(*asked).square().sum().backward()
-        if train:
-            # Packed within a training step, after the mode was set.
-            with model.evaluating():
-                assert_follows(model)
-        optimizer.step()
-        with pytest.raises(RuntimeError, match="changed since"):
-            held.user_vectors(*asked)
-        with model.evaluating():
-            assert_follows(model)
-        model.eval()
-        assert_follows(model)
-
-
-def test_an_optimizer_of_other_parameters_changes_nothing() -> None:
-    model = make()
-    held = model.pack()
-    other = torch.nn.Parameter(torch.ones(3))
-    other.grad = torch.ones(3)
-    torch.optim.SGD([other], lr=1.0).step()
-    assert model.pack() is held
-    held.user_vectors(*ask(model, 2))
-
-
-@pytest.mark.parametrize("assign", [False, True])
-def test_loading_parameters_is_followed(assign: bool) -> None:
-    model = make()
-    assert_follows(model)
-    model.load_state_dict(make(seed=1).state_dict(), assign=assign)
-    assert_follows(model)
-
-
-def test_every_parameter_is_watched() -> None:
-    model = make()
-    for name, parameter in model.named_parameters():
-        held = model.pack()
-        with torch.no_grad():
-            parameter.view(-1)[-1] += 0.5
-        assert not held.fresh, name
-    model.train()
-    model.eval()
-    assert model.pack() is not held
-
-
-def test_copies_have_packs_of_their_own() -> None:
-    model = make()
-    assert_follows(model)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        with torch.no_grad():
-            other.item_embedding.weight[1:] += 1
-        assert_follows(other)
-        assert_follows(model)
-    del model
-    assert_follows(other)
-
-
-# ---- files ----
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_save_and_load(tmp_path: Path, dtype: torch.dtype) -> None:
-    model = make(n_items=700)
-    asked = ask(model, 9)
-    packed = model.pack(dtype)
-    packed.save(tmp_path / "served")
-    assert len(list((tmp_path / "served").iterdir())) == 2
-    loaded = PackedTRM.load(tmp_path / "served")
-    one = packed.retrieve(*asked, 6, exclude_history=True)
-    two = loaded.retrieve(*asked, 6, exclude_history=True)
-    assert torch.equal(one.indices, two.indices)
-    assert torch.equal(one.values, two.values)
-    assert loaded.dtype == dtype
-    assert loaded.nbytes == packed.nbytes
-    with pytest.raises(RuntimeError, match="no module behind it"):
-        loaded.retrieve(*asked, 6, backend="reference")
-    # It needs no module.
-    del model, packed
-    assert torch.equal(loaded.retrieve(*asked, 6, exclude_history=True).indices, two.indices)
-
-
-def test_load_says_what_is_wrong(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="trm_packed"):
-        PackedTRM.load(tmp_path)
-    model = make()
-    model.save(tmp_path)
-    (tmp_path / "trm.safetensors").rename(tmp_path / "trm_packed.safetensors")
-    with pytest.raises(ValueError, match="no packed TRM"):
-        PackedTRM.load(tmp_path)
-    model.pack().save(tmp_path)
-    make(seed=1).pack().save(tmp_path / "other")
-    (tmp_path / "other" / "trm_items.safetensors").rename(tmp_path / "trm_items.safetensors")
-    with pytest.raises(ValueError, match="different models"):
-        PackedTRM.load(tmp_path)

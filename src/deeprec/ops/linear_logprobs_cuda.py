@@ -10,81 +10,46 @@ from torch import Tensor
 
 from deeprec import _C, backends
 from deeprec.ops import cuda
-from deeprec.ops.linear_logprobs_op import define, empty_gradients, empty_outputs
-from deeprec.ops.logprobs_cpu import address, dtype_name
+from deeprec.ops.linear_logprobs_op import Gradients, LinearCall, define, why_not_float64
+from deeprec.ops.logprobs_op import Upstream
+from deeprec.ops.native import address, matrix
 
 __all__: list[str] = []
 
 
-def _forward(
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    mask: Tensor | None,
-    offsets: Tensor | None,
-    permitted: Tensor | None,
-    entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    outputs = empty_outputs(
-        hidden, weight, ids, bias, temperature, mask, offsets, permitted, entropy
-    )
-    values, entropies, states = (x.zero_() for x in outputs)  # rows that do not count stay so
-    if not len(hidden):
-        return values, entropies, states
-    with backends.timed("linear_logprobs", "cuda"), cuda.on(hidden) as target:
-        problem = _Problem((hidden, weight), ids, bias, temperature, mask, (offsets, permitted))
-        workspace = _workspace(target.kernels.linear_forward_workspace(problem.native), hidden)
+def _forward(call: LinearCall, values: Tensor, entropy: Tensor | None, states: Tensor) -> None:
+    for output in (values, entropy, states):
+        if output is not None:
+            output.zero_()  # rows that do not count stay so
+    with cuda.on(call.hidden) as target:
+        problem = _Problem(call)
+        workspace = _workspace(target.kernels.linear_forward_workspace(problem.native), call)
         target.kernels.linear_logprobs(
             problem.native,
             order=problem.order,
             values=address(values),
-            entropy=address(entropies) if entropy else 0,
+            entropy=address(entropy),
             states=address(states),
             workspace=(address(workspace), workspace.nbytes),
             stream=target.stream,
         )
-    return values, entropies, states
 
 
-def _backward(
-    grad_values: Tensor,
-    grad_entropy: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    mask: Tensor | None,
-    offsets: Tensor | None,
-    permitted: Tensor | None,
-    entropy: Tensor,
-    states: Tensor,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = empty_gradients(hidden, weight, bias, wanted)
-    if not len(hidden):
-        gradients[1].zero_()
-        return gradients
-    with backends.timed("linear_logprobs_backward", "cuda"), cuda.on(hidden) as target:
-        problem = _Problem((hidden, weight), ids, bias, temperature, mask, (offsets, permitted))
-        grad_values = grad_values.contiguous()
-        grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
+def _backward(call: LinearCall, upstream: Upstream, gradients: Gradients) -> None:
+    with cuda.on(call.hidden) as target:
+        problem = _Problem(call)
         tokens: tuple[Tensor | None, ...] = (None,) * 3
-        if offsets is not None and permitted is not None and any(wanted[1:]):
-            tokens = _by_token(mask, offsets, permitted, len(weight))
+        head = gradients.weight is not None or gradients.bias is not None
+        if head and call.offsets is not None and call.permitted is not None:
+            tokens = _by_token(call.mask, call.offsets, call.permitted, call.vocabulary)
         io = target.kernels.LinearBackward(
-            grad_values=address(grad_values),
-            grad_entropy=address(grad_entropy),
-            entropy=address(entropy),
-            states=address(states),
-            gradients=tuple(address(x) if x.numel() else 0 for x in gradients),
+            **upstream.addresses(),
+            gradients=tuple(map(address, vars(gradients).values())),
             by_token=tuple(map(address, tokens)),
-            permitted=0 if permitted is None else len(permitted),
+            permitted=0 if call.permitted is None else len(call.permitted),
         )
         size = target.kernels.linear_backward_workspace(problem.native, io)
-        workspace = _workspace(size, hidden)
+        workspace = _workspace(size, call)
         target.kernels.linear_logprobs_backward(
             problem.native,
             io,
@@ -92,44 +57,28 @@ def _backward(
             workspace=(address(workspace), workspace.nbytes),
             stream=target.stream,
         )
-    return gradients
 
 
-def _workspace(size: int, like: Tensor) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8, device=like.device)
+def _workspace(size: int, call: LinearCall) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=call.hidden.device)
 
 
 class _Problem:
-    """The C++ description of one call, with the tensors it points into kept alive."""
+    """The C++ description of one call and the order of its rows; it points into ``call``."""
 
-    def __init__(
-        self,
-        matrices: tuple[Tensor, Tensor],
-        ids: Tensor,
-        bias: Tensor | None,
-        temperature: float,
-        mask: Tensor | None,
-        allowed: tuple[Tensor | None, Tensor | None],
-    ) -> None:
-        self.matrices = [x if x.stride(-1) == 1 else x.contiguous() for x in matrices]
-        self.arrays = [x if x is None else x.contiguous() for x in (ids, bias, *allowed)]
-        self.kinds = _order(matrices[0], mask, allowed[0])
-        ids_at, bias_at, offsets_at, permitted_at = map(address, self.arrays)
+    def __init__(self, call: LinearCall) -> None:
+        self.kinds = _order(call.hidden, call.mask, call.offsets)
+        self.order = (address(self.kinds[0]), address(self.kinds[1]))
         self.native = _C.LinearProblem(
-            hidden=_matrix(self.matrices[0]),
-            weight=_matrix(self.matrices[1]),
-            bias=bias_at,
-            ids=ids_at,
+            hidden=matrix(call.hidden),
+            weight=matrix(call.weight),
+            bias=address(call.bias),
+            ids=address(call.ids),
             mask=0,
-            allowed=(offsets_at, permitted_at),
-            temperature=temperature,
+            allowed=(address(call.offsets), address(call.permitted)),
+            temperature=call.temperature,
             threads=1,
         )
-        self.order = (address(self.kinds[0]), address(self.kinds[1]))
-
-
-def _matrix(tensor: Tensor) -> tuple[int, str, int, int, int]:
-    return (address(tensor), dtype_name(tensor), *tensor.shape, tensor.stride(0))
 
 
 def _order(hidden: Tensor, mask: Tensor | None, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -157,11 +106,8 @@ def _by_token(
 
 
 def _why_not(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype == torch.float64:
-            return f"{name} is float64, which only the reference computes"
-    return cuda.why_not(hidden)
+    return why_not_float64(hidden, weight, bias) or cuda.why_not(hidden)
 
 
-_run = define("linear_logprobs_cuda", "CompositeExplicitAutograd", _forward, _backward)
+_run = define("cuda", "CompositeExplicitAutograd", _forward, _backward)
 backends.register("linear_logprobs", "cuda", _run, _why_not)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deeprec import backends
-from deeprec.ops.gpu import why_not_triton
-from deeprec.ops.linear_logprobs_op import define, empty_gradients, empty_outputs
+from deeprec.ops.gpu import float32_products, why_not_triton
+from deeprec.ops.linear_logprobs_op import Gradients, LinearCall, define, why_not_float64
 from deeprec.ops.logprob_checks import check_range, reads_values
-from deeprec.ops.logprobs_triton import contiguous
+from deeprec.ops.logprobs_op import Upstream
 
 __all__ = ["run", "why_not"]
 
@@ -30,46 +29,17 @@ MAX_SIZE = 2**31 - 2**16  # vocabulary and width are counted in 32 bits
 
 def why_not(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     """None where the kernels can run, else the reason."""
-    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype == torch.float64:
-            return f"{name} is float64, which only the reference computes"
     if max(weight.shape) > MAX_SIZE:
         return f"weight has a side of {max(weight.shape)}, longer than {MAX_SIZE}"
-    return why_not_triton(hidden)
+    return why_not_float64(hidden, weight, bias) or why_not_triton(hidden)
 
 
-@dataclass
-class _Problem:
+class _Problem(LinearCall):
     """One call's arguments as the kernels take them."""
 
-    hidden: Tensor
-    weight: Tensor
-    ids: Tensor
-    bias: Tensor | None
-    inverse: float
-    mask: Tensor | None
-    offsets: Tensor | None
-    permitted: Tensor | None
-
-    def __post_init__(self) -> None:
-        self.hidden, self.weight = (
-            x if x.stride(-1) == 1 else x.contiguous() for x in (self.hidden, self.weight)
-        )
-        self.ids, self.bias, self.mask, self.offsets, self.permitted = contiguous(
-            self.ids, self.bias, self.mask, self.offsets, self.permitted
-        )
-
     @property
-    def rows(self) -> int:
-        return self.hidden.shape[0]
-
-    @property
-    def vocabulary(self) -> int:
-        return self.weight.shape[0]
-
-    @property
-    def size(self) -> int:
-        return self.weight.shape[1]
+    def inverse(self) -> float:
+        return 1 / self.temperature
 
     def entry_rows(self) -> Tensor:
         """The row of every permitted id."""
@@ -109,19 +79,11 @@ class _Problem:
 
     def dot(self, dtype: torch.dtype) -> dict[str, Any]:
         """How products of this dtype are computed, for the kernels' constants."""
-        import triton
         import triton.language as tl
 
-        from deeprec.ops.gpu import interpreting
-
-        nvidia = (
-            not interpreting()
-            and triton.runtime.driver.active.get_current_target().backend == "cuda"
-        )
         return {
             "DOT": getattr(tl, str(dtype).removeprefix("torch.")),
-            # Three TF32 products make up a float32 one; AMD multiplies float32 itself.
-            "PRECISION": "tf32x3" if nvidia and dtype == torch.float32 else "ieee",
+            "PRECISION": float32_products() if dtype == torch.float32 else "ieee",
         }
 
     def common_dtype(self, *, backward: bool) -> torch.dtype:
@@ -135,28 +97,11 @@ class _Problem:
         return self.hidden.dtype
 
 
-def _forward(
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    mask: Tensor | None,
-    offsets: Tensor | None,
-    permitted: Tensor | None,
-    entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    values, entropies, states = outputs = empty_outputs(
-        hidden, weight, ids, bias, temperature, mask, offsets, permitted, entropy
-    )
-    if hidden.shape[0] == 0:
-        return outputs
-    with torch.cuda.device_of(hidden), backends.timed("linear_logprobs", "triton"):
-        if reads_values(hidden):
-            check_range(ids, mask, permitted, weight.shape[0])
-        problem = _Problem(hidden, weight, ids, bias, 1 / temperature, mask, offsets, permitted)
-        _launch_forward(problem, values, entropies if entropy else None, states)
-    return outputs
+def _forward(call: LinearCall, values: Tensor, entropy: Tensor | None, states: Tensor) -> None:
+    with torch.cuda.device_of(call.hidden):
+        if reads_values(call.hidden):
+            check_range(call.ids, call.mask, call.permitted, call.vocabulary)
+        _launch_forward(_Problem(**vars(call)), values, entropy, states)
 
 
 def _launch_forward(p: _Problem, values: Tensor, entropy: Tensor | None, states: Tensor) -> None:
@@ -221,47 +166,20 @@ def _launch_forward(p: _Problem, values: Tensor, entropy: Tensor | None, states:
         )
 
 
-def _backward(
-    grad_values: Tensor,
-    grad_entropy: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    mask: Tensor | None,
-    offsets: Tensor | None,
-    permitted: Tensor | None,
-    entropy: Tensor,
-    states: Tensor,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = empty_gradients(hidden, weight, bias, wanted)
-    if hidden.shape[0] == 0:
-        return gradients[0], gradients[1].zero_(), gradients[2]
-    with torch.cuda.device_of(hidden), backends.timed("linear_logprobs_backward", "triton"):
-        problem = _Problem(hidden, weight, ids, bias, 1 / temperature, mask, offsets, permitted)
-        grad_values, grad_entropy = contiguous(grad_values, grad_entropy)
-        _Backward(problem, grad_values, grad_entropy, entropy, states).run(gradients, wanted)
-    return gradients
+def _backward(call: LinearCall, upstream: Upstream, gradients: Gradients) -> None:
+    with torch.cuda.device_of(call.hidden):
+        _Backward(_Problem(**vars(call)), upstream).run(gradients)
 
 
 class _Backward:
     """The launches of one backward pass."""
 
-    def __init__(
-        self,
-        problem: _Problem,
-        grad_values: Tensor,
-        grad_entropy: Tensor | None,
-        entropy: Tensor,
-        states: Tensor,
-    ) -> None:
+    def __init__(self, problem: _Problem, upstream: Upstream) -> None:
         self.p = problem
-        self.grad_values = grad_values
-        self.grad_entropy = grad_entropy
-        self.entropy = entropy
-        self.states = states
+        self.grad_values = upstream.grad_values
+        self.grad_entropy = upstream.grad_entropy
+        self.entropy = upstream.entropy
+        self.states = upstream.states
         self.dtype = problem.common_dtype(backward=True)
         self.chunk = min(CHUNK, problem.vocabulary)
         self.rows = min(CHUNK_ROWS, problem.rows)
@@ -269,12 +187,15 @@ class _Backward:
         if problem.limited():
             self.entries = self._entries()
 
-    def run(self, gradients: tuple[Tensor, Tensor, Tensor], wanted: list[bool]) -> None:
+    def run(self, gradients: Gradients) -> None:
         p = self.p
-        grad_hidden = gradients[0]
-        if wanted[0] and grad_hidden.dtype != torch.float32:
+        grad_hidden = gradients.hidden
+        if grad_hidden is not None and grad_hidden.dtype != torch.float32:
             grad_hidden = torch.empty(p.hidden.shape, dtype=torch.float32, device=p.hidden.device)
-        grad_weight, grad_bias = self._weight_outputs(gradients, wanted)
+        grad_weight = gradients.weight
+        if grad_weight is None and gradients.bias is not None:
+            # A bias alone is rare: its kernel computes the weight's gradient as well.
+            grad_weight = torch.empty_like(p.weight)
         work = torch.empty(
             (self.rows, self.chunk),
             dtype=torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32,
@@ -288,25 +209,15 @@ class _Backward:
         for column in range(0, p.vocabulary, self.chunk):
             for row in range(0, p.rows, self.rows):
                 self._grad_logits(work, row, column)
-                if wanted[0]:
+                if grad_hidden is not None:
                     self._grad_hidden(work, grad_hidden, row, column)
                 if grad_weight is not None:
-                    self._grad_weight(work, sums, grad_weight, grad_bias, row, column)
-        if wanted[0]:
+                    self._grad_weight(work, sums, grad_weight, gradients.bias, row, column)
+        if grad_hidden is not None and gradients.hidden is not None:
             if self.entries is not None:
                 self._sparse_grad_hidden(grad_hidden)
-            if grad_hidden is not gradients[0]:
-                gradients[0].copy_(grad_hidden)
-
-    def _weight_outputs(
-        self, gradients: tuple[Tensor, Tensor, Tensor], wanted: list[bool]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Where the weight's and the bias's gradients go; None where they are not wanted."""
-        if not wanted[1] and not (wanted[2] and self.p.bias is not None):
-            return None, None
-        # A bias alone is rare: its kernel computes the weight's gradient as well.
-        grad_weight = gradients[1] if wanted[1] else torch.empty_like(self.p.weight)
-        return grad_weight, gradients[2] if wanted[2] and self.p.bias is not None else None
+            if grad_hidden is not gradients.hidden:
+                gradients.hidden.copy_(grad_hidden)
 
     def _entries(self) -> tuple[Tensor, ...]:
         """Order by token, first of every token, row and gradient of the permitted ids."""
@@ -481,5 +392,5 @@ class _Backward:
         )
 
 
-run = define("linear_logprobs_triton", "CompositeExplicitAutograd", _forward, _backward)
+run = define("triton", "CompositeExplicitAutograd", _forward, _backward)
 backends.register("linear_logprobs", "triton", run, why_not)

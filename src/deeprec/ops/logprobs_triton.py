@@ -1,8 +1,6 @@
-"""The Triton backend of gather_logprobs: shapes, strides and launches."""
+"""The Triton backend of gather_logprobs: strides and launches."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +8,7 @@ from torch import Tensor
 from deeprec import backends
 from deeprec.ops.gpu import why_not_triton
 from deeprec.ops.logprob_checks import check_range, reads_values
-from deeprec.ops.logprobs_op import define, empty_outputs
+from deeprec.ops.logprobs_op import GatherCall, Upstream, define
 
 __all__ = ["run", "why_not"]
 
@@ -28,106 +26,63 @@ def why_not(logits: Tensor) -> str | None:
 
 def _as_3d(logits: Tensor) -> Tensor:
     """``[outer, inner, V]``, of any strides but the last: a slice is not copied."""
-    if logits.stride(-1) != 1:
-        logits = logits.contiguous()
     if logits.ndim <= 3:
         return logits[(None,) * (3 - logits.ndim)]
     return logits.flatten(0, -3)
 
 
-def _geometry(logits: Tensor, tokens: int, temperature: float) -> tuple[int | float, ...]:
-    """What every kernel is told about the logits, in the order of its parameters."""
-    rows = _as_3d(logits)
-    return (rows.shape[1], *rows.stride()[:2], rows.shape[2], tokens, 1.0 / temperature)
+def _geometry(call: GatherCall, logits: Tensor) -> tuple[int | float, ...]:
+    """What every kernel is told about ``[outer, inner, V]``, in the order of its parameters."""
+    tokens = call.ids.shape[-1]
+    return (logits.shape[1], *logits.stride()[:2], call.vocabulary, tokens, 1 / call.temperature)
 
 
-def contiguous(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The same tensors without gaps; None stays."""
-    return tuple(x if x is None else x.contiguous() for x in tensors)
-
-
-def _forward(
-    logits: Tensor,
-    ids: Tensor,
-    temperature: float,
-    mask: Tensor | None,
-    offsets: Tensor | None,
-    permitted: Tensor | None,
-    entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(call: GatherCall, values: Tensor, entropy: Tensor | None, states: Tensor) -> None:
     from deeprec.kernels import LAUNCH
     from deeprec.kernels import logprobs as kernels
 
-    values, entropies, states = empty_outputs(
-        logits, ids, temperature, mask, offsets, permitted, entropy
-    )
-    rows = logits.shape[:-1].numel()
-    if rows == 0:
-        return values, entropies, states
-    with torch.cuda.device_of(logits), backends.timed("gather_logprobs", "triton"):
-        if reads_values(logits):
-            check_range(ids, mask, permitted, logits.shape[-1])
-        ids, mask, offsets, permitted = contiguous(ids, mask, offsets, permitted)
-        kernels.gather_forward[(rows,)](
-            _as_3d(logits),
-            ids,
-            mask,
-            offsets,
-            permitted,
+    with torch.cuda.device_of(call.logits):
+        if reads_values(call.logits):
+            check_range(call.ids, call.mask, call.permitted, call.vocabulary)
+        logits = _as_3d(call.logits)
+        kernels.gather_forward[(call.rows,)](
+            logits,
+            call.ids,
+            call.mask,
+            call.offsets,
+            call.permitted,
             values,
-            entropies if entropy else None,
+            entropy,
             states,
-            *_geometry(logits, values.shape[-1], temperature),
+            *_geometry(call, logits),
             TOKENS=kernels.TOKENS,
             **LAUNCH,
         )
-    return values, entropies, states
 
 
-def _backward(
-    grad_values: Tensor,
-    grad_entropy: Tensor | None,
-    logits: Tensor,
-    ids: Tensor,
-    temperature: float,
-    mask: Tensor | None,
-    offsets: Tensor | None,
-    permitted: Tensor | None,
-    entropy: Tensor,
-    states: Tensor,
-) -> Tensor:
+def _backward(call: GatherCall, upstream: Upstream, grad_logits: Tensor) -> None:
     import triton
 
     from deeprec.kernels import LAUNCH
     from deeprec.kernels import logprobs as kernels
 
-    rows, tokens = logits.shape[:-1].numel(), ids.shape[-1]
-    # Where some logits get no gradient, the kernels do not touch theirs.
-    partial = mask is not None or offsets is not None
-    new = torch.zeros if partial else torch.empty
-    grad_logits = new(logits.shape, dtype=logits.dtype, device=logits.device)
-    if rows == 0:
-        return grad_logits
-    with torch.cuda.device_of(logits), backends.timed("gather_logprobs_backward", "triton"):
-        grad_values, grad_entropy = contiguous(grad_values, grad_entropy)
-        ids, mask, offsets, permitted = contiguous(ids, mask, offsets, permitted)
-        geometry = _geometry(logits, tokens, temperature)
-        rest = (mask, offsets, permitted, entropy, states, grad_logits, *geometry)
-        kernels.gather_backward[lambda meta: (rows, triton.cdiv(logits.shape[-1], meta["BLOCK"]))](
-            grad_values, grad_entropy, _as_3d(logits), *rest, TOKENS=kernels.TOKENS, **LAUNCH
+    rows, tokens = call.rows, call.ids.shape[-1]
+    if call.mask is not None or call.offsets is not None:
+        grad_logits.zero_()  # where a logit gets no gradient, the kernels do not touch it
+    with torch.cuda.device_of(call.logits):
+        logits = _as_3d(call.logits)
+        gradients = (upstream.grad_values, upstream.grad_entropy, logits)
+        limits = (call.mask, call.offsets, call.permitted)
+        kept = (upstream.entropy, upstream.states, grad_logits)
+        rest = (*limits, *kept, *_geometry(call, logits))
+        kernels.gather_backward[lambda meta: (rows, triton.cdiv(call.vocabulary, meta["BLOCK"]))](
+            *gradients, *rest, TOKENS=kernels.TOKENS, **LAUNCH
         )
         if tokens:
             kernels.gather_backward_tokens[(rows, triton.cdiv(tokens, kernels.TOKENS))](
-                grad_values,
-                grad_entropy,
-                _as_3d(logits),
-                ids,
-                *rest,
-                TOKENS=kernels.TOKENS,
-                **LAUNCH,
+                *gradients, call.ids, *rest, TOKENS=kernels.TOKENS, **LAUNCH
             )
-    return grad_logits
 
 
-run = define("gather_logprobs_triton", "CompositeExplicitAutograd", _forward, _backward)
+run = define("triton", "CompositeExplicitAutograd", _forward, _backward)
 backends.register("gather_logprobs", "triton", run, why_not)

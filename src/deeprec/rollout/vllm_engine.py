@@ -2,68 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import queue
-import shutil
-import tempfile
-import threading
-import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deeprec.rollout.constraints import ConstraintState
-from deeprec.rollout.engine import EngineError
 from deeprec.rollout.sampling import draw, mix
 from deeprec.rollout.token_text import StopTable, TokenText
 from deeprec.rollout.transformers_engine import eos_ids
 from deeprec.rollout.types import Allowed, Request, Sample, SamplingConfig
-from deeprec.rollout.weights import whole_parameters
+from deeprec.rollout.vllm_process import VLLMOptions, VLLMProcess
 
 __all__ = ["VLLMEngine", "VLLMOptions"]
-
-T = TypeVar("T")
-
-SHARED_MEMORY = Path("/dev/shm")
-# Loading weights and compiling the model takes minutes for large ones.
-START_SECONDS = 1800.0
-# What a launcher tells this process about the others would confuse vLLM's own.
-LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-@dataclass(frozen=True)
-class VLLMOptions:
-    """How vLLM runs.
-
-    ``memory`` is the share of a GPU it may take for weights and keys and values; training has the
-    rest, and while vLLM sleeps, all of it. ``max_conversations`` turns are computed together.
-    ``timeout`` seconds without an answer mean that the engine has stopped. ``eager`` runs without
-    compiling the model: a faster start, slower tokens. ``settings`` are further arguments of
-    ``vllm.EngineArgs``, by name.
-    """
-
-    memory: float = 0.5
-    max_conversations: int = 256
-    timeout: float = 300.0
-    eager: bool = False
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not 0 < self.memory <= 1:
-            raise ValueError(f"memory: expected a share in (0, 1], got {self.memory}")
-        if self.max_conversations < 1:
-            raise ValueError(
-                f"max_conversations: expected at least 1, got {self.max_conversations}"
-            )
-        if not self.timeout > 0:
-            raise ValueError(f"timeout: expected seconds > 0, got {self.timeout}")
 
 
 @dataclass
@@ -134,9 +88,6 @@ class VLLMEngine:
                 "TransformersEngine"
             )
         self.tokenizer = tokenizer
-        self.options = options or VLLMOptions()
-        self._policy = policy
-        self._dtype = dtype or policy.dtype
         self._after_temperature = False
         self._sampling = self._checked(sampling or SamplingConfig())
         self._after_temperature = self._sampling.logprob_temperature != 1.0
@@ -151,15 +102,13 @@ class VLLMEngine:
         self._done: list[Sample] = []
         self._count = 0
         self.cached_tokens = 0  # tokens of requests that vLLM's prefix cache held
-        self._asleep = False
-
-        place = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
-        self._folder = Path(tempfile.mkdtemp(prefix="deeprec-vllm-", dir=place))
-        self._clean_up = weakref.finalize(self, shutil.rmtree, self._folder, True)
-        policy.config.save_pretrained(self._folder)
-        self._write_weights()
-        self._vllm: Any = None
-        self._start()
+        self._vllm = VLLMProcess(
+            policy,
+            dtype or policy.dtype,
+            options or VLLMOptions(),
+            max_tokens=self._longest,
+            logprobs_mode="processed_logprobs" if self._after_temperature else "raw_logprobs",
+        )
 
     # ---- the engine's interface ----
 
@@ -212,7 +161,7 @@ class VLLMEngine:
         Raises EngineError where vLLM failed, or gave no answer for ``options.timeout`` seconds.
         """
         if self._asked and not self._done:
-            for output in self._call("step", self._vllm.step):
+            for output in self._vllm.step():
                 self._hear(output)
         done, self._done = self._done, []
         return done
@@ -238,8 +187,8 @@ class VLLMEngine:
         self._conversations.clear()
         self._asked.clear()
         self._done.clear()
-        self._stop()
-        self._start()
+        self._vllm.stop()
+        self._vllm.start()
 
     def sleep(self) -> None:
         """Free the GPU: weights and cache are dropped until :meth:`sync_weights`.
@@ -247,9 +196,7 @@ class VLLMEngine:
         On a CPU only the cache's content is. Raises RuntimeError where a conversation is open.
         """
         self._check_idle("the engine is put to sleep")
-        if self._may_sleep:
-            self._call("sleep", lambda: self._vllm.sleep(level=2))
-            self._asleep = True
+        self._vllm.sleep()
 
     def sync_weights(self) -> None:
         """Take over the policy's current weights, in place. No conversation may be open.
@@ -257,111 +204,27 @@ class VLLMEngine:
         Of a policy sharded over processes, each of them must call this.
         """
         self._check_idle("the weights change")
-        self._write_weights()
-        if self._asleep:
-            self._call("wake up", lambda: self._vllm.wake_up(tags=["weights"]))
-        self._call(
-            "load weights",
-            lambda: self._vllm.collective_rpc(
-                "reload_weights", kwargs={"weights_path": str(self._folder)}
-            ),
-        )
-        if self._asleep:
-            self._call("wake up", lambda: self._vllm.wake_up(tags=["kv_cache"]))
-            self._asleep = False
-        self._call("forget the cache", self._vllm.reset_prefix_cache)
+        self._vllm.load_weights()
 
     def close(self) -> None:
         """Stop vLLM and free what it holds."""
-        self._stop()
-        self._clean_up()
+        self._vllm.close()
 
-    # ---- vLLM ----
-
-    def _start(self) -> None:
-        from vllm import EngineArgs
-        from vllm.v1.engine.llm_engine import LLMEngine
-
-        on_gpu = torch.cuda.is_available()
-        self._may_sleep = on_gpu
-        arguments = EngineArgs(
-            **{
-                "model": str(self._folder),
-                "dtype": str(self._dtype).removeprefix("torch."),
-                "skip_tokenizer_init": True,
-                "max_model_len": self._longest,
-                "max_num_seqs": self.options.max_conversations,
-                "enable_prefix_caching": True,
-                "enforce_eager": self.options.eager,
-                "gpu_memory_utilization": self.options.memory,
-                "enable_sleep_mode": on_gpu,
-                "logprobs_mode": "processed_logprobs"
-                if self._after_temperature
-                else "raw_logprobs",
-                "disable_log_stats": True,
-                **self.options.settings,
-            }
-        )
-        with _own_device():
-            self._vllm = self._call(
-                "start", lambda: LLMEngine.from_engine_args(arguments), START_SECONDS
-            )
-
-    def _stop(self) -> None:
-        vllm, self._vllm = self._vllm, None
-        if vllm is not None:
-            vllm.engine_core.shutdown()
-
-    def _write_weights(self) -> None:
-        """The policy's weights as a safetensors file, the old one until the new one is whole."""
-        weights = {
-            name: value.to(device="cpu", dtype=self._dtype).contiguous()
-            for name, value in whole_parameters(self._policy)
-        }
-        draft = self._folder / "model.draft"
-        save_file(weights, draft, metadata={"format": "pt"})
-        os.replace(draft, self._folder / "model.safetensors")
-
-    def _call(self, doing: str, function: Callable[[], T], timeout: float | None = None) -> T:
-        """``function()``, unless it fails or takes longer than the time-out: EngineError."""
-        answer: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue()
-
-        def run() -> None:
-            try:
-                answer.put((function(), None))
-            except BaseException as error:
-                answer.put((None, error))
-
-        # vLLM waits without end for a process that hangs: only a thread can be left behind.
-        threading.Thread(target=run, daemon=True, name=f"vllm {doing}").start()
-        seconds = timeout or self.options.timeout
-        try:
-            result, error = answer.get(timeout=seconds)
-        except queue.Empty:
-            raise EngineError(f"vLLM has not answered for {seconds:g} s ({doing})") from None
-        if isinstance(error, Exception):
-            raise EngineError(f"vLLM failed ({doing}): {error!r}") from error
-        if error is not None:
-            raise error
-        return result
+    # ---- turns ----
 
     def _ask(self, conversation: _Conversation) -> None:
         """Have the next tokens computed: one under a constraint, else all up to the limit."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
         turn, sampling = conversation.turn, self._sampling
         assert turn is not None
-        settings: dict[str, Any] = {"detokenize": False, "output_kind": RequestOutputKind.DELTA}
         if turn.state is not None:
             # The token vLLM draws is not used.
-            settings |= {
+            settings: dict[str, Any] = {
                 "max_tokens": 1,
                 "temperature": sampling.temperature if self._after_temperature else 0.0,
                 "logprob_token_ids": list(turn.choices),
             }
         else:
-            settings |= {
+            settings = {
                 "max_tokens": turn.limit - len(conversation.ids),
                 "temperature": 0.0 if sampling.takes_best else sampling.temperature,
                 "top_p": 1.0 if sampling.takes_best else sampling.top_p,
@@ -373,19 +236,13 @@ class VLLMEngine:
         self._count += 1
         conversation.running, conversation.answered = str(self._count), False
         self._asked[conversation.running] = turn.request.conversation
-        self._vllm.add_request(
-            conversation.running,
-            {"prompt_token_ids": list(conversation.ids)},
-            SamplingParams(**settings),
-        )
+        self._vllm.add(conversation.running, list(conversation.ids), settings)
 
     def _cancel(self, conversation: _Conversation) -> None:
         """Have vLLM forget what it is computing for a conversation."""
         running, conversation.running = conversation.running, None
         if running is not None and self._asked.pop(running, None) is not None:
-            self._vllm.abort_request([running])
-
-    # ---- turns ----
+            self._vllm.abort(running)
 
     def _hear(self, output: Any) -> None:
         """Take note of new tokens of one request."""
@@ -517,23 +374,3 @@ class VLLMEngine:
                 f"{sampling.temperature}; make a new one"
             )
         return sampling
-
-
-@contextmanager
-def _own_device() -> Iterator[None]:
-    """Let the processes that vLLM starts see this process's GPU alone, and no launcher."""
-    kept = {name: os.environ.pop(name) for name in LAUNCHER if name in os.environ}
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if torch.cuda.is_available():
-        current = torch.cuda.current_device()
-        os.environ["CUDA_VISIBLE_DEVICES"] = (
-            visible.split(",")[current] if visible else f"{current}"
-        )
-    try:
-        yield
-    finally:
-        os.environ.update(kept)
-        if visible is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = visible
-        elif torch.cuda.is_available():
-            del os.environ["CUDA_VISIBLE_DEVICES"]

@@ -1,6 +1,11 @@
 """The preference-aware TRM and its training."""
 
-from deeprec.trm import packed_cuda, packed_triton  # noqa: F401  # add their backends to the ops
+from deeprec.trm import (  # noqa: F401  # each adds its backend to the ops
+    packed_cpu,
+    packed_cuda,
+    packed_reference,
+    packed_triton,
+)
 from deeprec.trm.config import TRMConfig
 from deeprec.trm.examples import WrittenPreference
 from deeprec.trm.history_states import HistoryStates

@@ -78,8 +78,35 @@ class MoEAdaptor(nn.Module):
         return torch.einsum("ne,neh->nh", gate, projected)
 
 
+class Rows:
+    """Which positions of ``[B, T]`` are real, for layers that take those alone: ``[N, ...]``.
+
+    The items of a history lie one after the other, histories in order. Padding is half of what a
+    batch of mixed lengths holds, and all but the products of attention is done a row at a time.
+    """
+
+    def __init__(self, lengths: Tensor, width: int) -> None:
+        """``lengths`` int64 ``[B]``, from 1 to ``width``."""
+        real = torch.arange(width, device=lengths.device) < lengths[:, None]
+        self.real = real
+        self.where = real.flatten().nonzero()[:, 0]
+        self.position = self.where % width
+        """Of every row in its history."""
+        self.last = lengths.cumsum(0) - 1
+        """Row of every history's last item."""
+
+    def take(self, grid: Tensor) -> Tensor:
+        """``[B, T, ...]`` → ``[N, ...]``."""
+        return grid.flatten(0, 1).index_select(0, self.where)
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """``[N, ...]`` → ``[B, T, ...]``, zero where nothing is real."""
+        grid = rows.new_zeros(self.real.numel(), *rows.shape[1:])
+        return grid.index_copy(0, self.where, rows).unflatten(0, self.real.shape)
+
+
 class MultiHeadAttention(nn.Module):
-    """Attention, residual and LayerNorm (post-LN)."""
+    """Attention within every history, residual and LayerNorm (post-LN)."""
 
     def __init__(self, config: TRMConfig) -> None:
         super().__init__()
@@ -92,19 +119,24 @@ class MultiHeadAttention(nn.Module):
         self.LayerNorm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, queries: Tensor, context: Tensor, mask: Tensor) -> Tensor:
-        q, k, v = (
-            linear(states).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
-            for linear, states in (
-                (self.query, queries),
-                (self.key, context),
-                (self.value, context),
-            )
-        )
-        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + mask
-        heads = self.dropout(scores.softmax(dim=-1)) @ v
-        attended = self.out_linear(heads.transpose(1, 2).flatten(2))
-        return self.LayerNorm(queries + self.dropout(attended))
+    def forward(self, states: Tensor, rows: Rows, *, last_only: bool = False) -> Tensor:
+        """``[N, H]`` → ``[N, H]``; of the last item of every history alone: → ``[B, H]``."""
+        queries = states[rows.last] if last_only else states
+        q = self._project([self.query], queries)
+        k, v = self._project([self.key, self.value], states).chunk(2, dim=1)
+        q = q[:, None] if last_only else rows.spread(q)
+        q, k, v = (x.transpose(1, 2) for x in (q, rows.spread(k), rows.spread(v)))
+        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+        scores = scores.masked_fill(~rows.real[:, None, None], -math.inf)
+        heads = (self.dropout(scores.softmax(dim=-1)) @ v).transpose(1, 2)
+        heads = heads[:, 0] if last_only else rows.take(heads)
+        return self.LayerNorm(queries + self.dropout(self.out_linear(heads.flatten(1))))
+
+    def _project(self, maps: list[nn.Linear], states: Tensor) -> Tensor:
+        """``[N, H]`` → ``[N, heads of every map, H / heads]``."""
+        weight = torch.cat([linear.weight for linear in maps])
+        bias = torch.cat([linear.bias for linear in maps])
+        return F.linear(states, weight, bias).unflatten(-1, (len(maps) * self.n_heads, -1))
 
 
 class FeedForward(nn.Module):
@@ -122,33 +154,29 @@ class FeedForward(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """A post-LN transformer layer whose queries may be fewer than its context."""
+    """A post-LN transformer layer."""
 
     def __init__(self, config: TRMConfig) -> None:
         super().__init__()
         self.multi_head_attention = MultiHeadAttention(config)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, queries: Tensor, context: Tensor, mask: Tensor) -> Tensor:
-        return self.feed_forward(self.multi_head_attention(queries, context, mask))
+    def forward(self, states: Tensor, rows: Rows, *, last_only: bool = False) -> Tensor:
+        return self.feed_forward(self.multi_head_attention(states, rows, last_only=last_only))
 
 
 class Encoder(nn.Module):
-    """A bidirectional transformer that is read at one position a row."""
+    """A bidirectional transformer that is read at one position a history."""
 
     def __init__(self, config: TRMConfig) -> None:
         super().__init__()
         self.layer = nn.ModuleList(EncoderLayer(config) for _ in range(config.n_layers))
 
-    def forward(self, states: Tensor, lengths: Tensor) -> Tensor:
-        """States [B, T, H] → the last real position [B, H].
+    def forward(self, states: Tensor, rows: Rows) -> Tensor:
+        """States of the real positions ``[N, H]`` → the last one's of every history ``[B, H]``.
 
         Only that position is used, so the last layer computes no other.
         """
-        positions = torch.arange(states.shape[1], device=states.device)
-        padding = (positions >= lengths[:, None])[:, None, None]
-        mask = states.new_zeros(padding.shape).masked_fill_(padding, torch.finfo(states.dtype).min)
         for layer in self.layer[:-1]:
-            states = layer(states, states, mask)
-        last = states.take_along_dim((lengths - 1)[:, None, None], dim=1)
-        return self.layer[-1](last, states, mask).squeeze(1)
+            states = layer(states, rows)
+        return self.layer[-1](states, rows, last_only=True)

@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deeprec.ops import SeenItems, TopK
+from deeprec.trm import packed_op
 from deeprec.trm.changes import ParameterWatch
 from deeprec.trm.config import TRMConfig
 from deeprec.trm.convolution import fourier_matrices, multiply_spectra
 from deeprec.trm.history_states import HistoryStates
-from deeprec.trm.layers import INIT_STD, Dropout, Encoder, MoEAdaptor
+from deeprec.trm.layers import INIT_STD, Dropout, Encoder, MoEAdaptor, Rows
 from deeprec.trm.packed import PackedTRM
+from deeprec.trm.packing import sizes
 
 # What the paper's code puts into the column of the padding row.
 PADDING_SCORE = -1e9
@@ -70,6 +72,7 @@ class PreferenceAwareTRM(nn.Module):
         self.OutLayerNorm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
         self._packs: dict[torch.dtype, PackedTRM] = {}
         self._watch: ParameterWatch | None = None
+        self.name = packed_op.named(self)
         self._initialise(item_texts)
 
     def _initialise(self, item_texts: Tensor | None) -> None:
@@ -145,12 +148,11 @@ class PreferenceAwareTRM(nn.Module):
         It does not depend on the preference, so a conversation needs it once.
         """
         self._check_history(history, lengths)
-        # The convolution runs over the model's length, the encoder only over the longest history.
+        # The convolution runs over the model's length, all else over real items alone.
         padded = F.pad(history, (0, self.config.max_length - history.shape[1]))
-        longest = int(lengths.max()) if len(lengths) else 1
-        states = self._contextual_convolution(padded)[:, :longest]
-        states = states + self.position_embedding.weight[: states.shape[1]]
-        return self.trm_encoder(self.dropout(self.LayerNorm(states)), lengths)
+        rows = Rows(lengths, int(lengths.max()) if len(lengths) else 1)
+        states = self._contextual_convolution(padded, rows) + self.position_embedding(rows.position)
+        return self.trm_encoder(self.dropout(self.LayerNorm(states)), rows)
 
     def user_vectors(
         self, history: Tensor, lengths: Tensor, preference: Tensor | None = None
@@ -158,7 +160,7 @@ class PreferenceAwareTRM(nn.Module):
         """User vectors, float32 ``[B, H]``, not normalised."""
         if torch.is_grad_enabled() or self.training:
             return self.with_preference(self.history_states(history, lengths), preference)
-        return self.pack().user_vectors(history, lengths, preference)
+        return packed_op.user_vectors(self, history, lengths, preference, None, None)
 
     def with_preference(self, states: Tensor, preference: Tensor | None) -> Tensor:
         """User vectors ``[B, H]`` from :meth:`history_states` and preferences ``[B, P]``."""
@@ -191,9 +193,9 @@ class PreferenceAwareTRM(nn.Module):
         ``cache`` histories that it knows cost nothing. Dropout is off, whatever the mode; not
         differentiable. Arguments and errors: :meth:`PackedTRM.retrieve`.
         """
-        packed = self.pack()
-        states = None if cache is None else cache.of(packed, history, lengths)
-        return packed.retrieve(
+        states = None if cache is None else cache.of(self.pack(), history, lengths)
+        return packed_op.retrieve(
+            self,
             history,
             lengths,
             preference,
@@ -215,6 +217,15 @@ class PreferenceAwareTRM(nn.Module):
         if packed is None or not packed.fresh:
             packed = self._packs[dtype] = PackedTRM(self, dtype)
         return packed
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What requests must fit."""
+        return sizes(self.config)
+
+    def packed(self) -> PackedTRM:
+        """:meth:`pack` in float32: what answers requests."""
+        return self.pack()
 
     def version(self) -> tuple[int, ...]:
         """Another value whenever parameters have changed; see :class:`ParameterWatch`."""
@@ -244,6 +255,10 @@ class PreferenceAwareTRM(nn.Module):
         # Copies and pickles derive their own.
         return {**self.__dict__, "_packs": {}, "_watch": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.name = packed_op.named(self)
+
     def scores(self, history: Tensor, lengths: Tensor, preference: Tensor | None = None) -> Tensor:
         """Cosine scores of every row of the item table, float32 ``[B, n_items + 1]``.
 
@@ -254,16 +269,20 @@ class PreferenceAwareTRM(nn.Module):
         scores[:, 0] = PADDING_SCORE
         return scores
 
-    def _contextual_convolution(self, history: Tensor) -> Tensor:
-        """Ids and texts mixed over the sequence, per channel, ``[B, max_length, H]``."""
+    def _contextual_convolution(self, history: Tensor, rows: Rows) -> Tensor:
+        """Ids and texts mixed over the sequence, per channel; real positions, ``[N, H]``."""
         by_position = history.T
         # Every distinct item goes through the adaptor once.
         items, where = by_position.unique(return_inverse=True)
         texts = F.embedding(where, self.moe_adaptor(self.item_plm_embedding(items)))
         id_spectrum = self._spectrum(self.item_embedding(by_position))
         kernel = self.complex_weight.permute(3, 1, 0, 2).flatten(0, 1)
-        filtered = self._sequence(multiply_spectra(id_spectrum, kernel))
-        fused = self._sequence(multiply_spectra(id_spectrum, self._spectrum(texts)))
+        spectra = kernel, self._spectrum(texts)
+        width = rows.real.shape[1]
+        filtered, fused = (
+            rows.take(self._sequence(multiply_spectra(id_spectrum, other))[:, :width])
+            for other in spectra
+        )
         return 2.0 * (
             filtered * torch.sigmoid(self.item_gating(filtered))
             + fused * torch.sigmoid(self.fusion_gating(fused))

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from deeprec import backends
 from deeprec.ops import SeenItems, TopK, cuda
-from deeprec.trm import packed as ops
+from deeprec.trm import packed_op
 from deeprec.trm.packing import row_major_tensors
+from deeprec.trm.request import Request, excluded_rows
 
 if TYPE_CHECKING:
-    from deeprec.trm.packed import PackedTRM, Request
+    from deeprec.trm.packed import PackedTRM
 
 __all__: list[str] = []
 
@@ -90,7 +91,7 @@ def _retrieve(
     packed: PackedTRM, asked: Request, k: int, exclude: SeenItems | None, exclude_history: bool
 ) -> TopK:
     users = _user_vectors(packed, asked)
-    rows = ops.excluded_rows(asked, exclude, exclude_history)
+    rows = excluded_rows(asked, exclude, exclude_history)
     found = packed.index.search(users, k, rows)
     return TopK(found.values, torch.where(found.indices < 0, -1, found.indices + 1))
 
@@ -120,6 +121,6 @@ def _why_not(*arguments: PackedTRM | Tensor) -> str | None:
     return cuda.why_not(*tensors)
 
 
-backends.register(ops.HISTORY, "cuda", _history, _why_not)
-backends.register(ops.USER_VECTORS, "cuda", _user_vectors, _why_not)
-backends.register(ops.RETRIEVE, "cuda", _retrieve, _why_not)
+backends.register(packed_op.HISTORY, "cuda", _history, _why_not)
+backends.register(packed_op.USER_VECTORS, "cuda", _user_vectors, _why_not)
+backends.register(packed_op.RETRIEVE, "cuda", _retrieve, _why_not)

@@ -12,11 +12,12 @@ from torch import Tensor
 from deeprec import backends
 from deeprec.ops import SeenItems, TopK, topk_triton
 from deeprec.ops.gpu import float32_products, why_not_triton
-from deeprec.trm import packed as ops
+from deeprec.trm import packed_op
 from deeprec.trm.packing import row_major_tensors
+from deeprec.trm.request import Request, excluded_rows
 
 if TYPE_CHECKING:
-    from deeprec.trm.packed import PackedTRM, Request
+    from deeprec.trm.packed import PackedTRM
 
 __all__: list[str] = []
 
@@ -307,7 +308,7 @@ def _retrieve(
     packed: PackedTRM, asked: Request, k: int, exclude: SeenItems | None, exclude_history: bool
 ) -> TopK:
     users = _user_vectors(packed, asked)
-    rows = ops.excluded_rows(asked, exclude, exclude_history)
+    rows = excluded_rows(asked, exclude, exclude_history)
     # Triton's top-k ends at 1,024; more is the business of whichever backend returns more.
     own = topk_triton.why_not(users, packed.index.items, k) is None
     found = packed.index.search(users, k, rows, backend="triton" if own else None)
@@ -329,6 +330,6 @@ def _why_not(*arguments: PackedTRM | Tensor) -> str | None:
     return next((reason for tensor in tensors if (reason := why_not_triton(tensor))), None)
 
 
-backends.register(ops.HISTORY, "triton", _history, _why_not)
-backends.register(ops.USER_VECTORS, "triton", _user_vectors, _why_not)
-backends.register(ops.RETRIEVE, "triton", _retrieve, _why_not)
+backends.register(packed_op.HISTORY, "triton", _history, _why_not)
+backends.register(packed_op.USER_VECTORS, "triton", _user_vectors, _why_not)
+backends.register(packed_op.RETRIEVE, "triton", _retrieve, _why_not)

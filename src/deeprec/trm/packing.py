@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deeprec.trm.config import TRMConfig
 from deeprec.trm.layers import EncoderLayer
 
 if TYPE_CHECKING:
@@ -32,18 +33,17 @@ def padded(n: int) -> int:
     return -(-n // PANEL) * PANEL
 
 
-def sizes(model: PreferenceAwareTRM) -> dict[str, int]:
+def sizes(config: TRMConfig) -> dict[str, int]:
     """What the kernel needs to know besides the tensors."""
-    c = model.config
     return {
-        "n_items": c.n_items,
-        "text_dim": c.text_dim,
-        "hidden": c.hidden,
-        "inner": c.inner,
-        "n_layers": c.n_layers,
-        "n_heads": c.n_heads,
-        "n_experts": c.n_experts,
-        "max_length": c.max_length,
+        "n_items": config.n_items,
+        "text_dim": config.text_dim,
+        "hidden": config.hidden,
+        "inner": config.inner,
+        "n_layers": config.n_layers,
+        "n_heads": config.n_heads,
+        "n_experts": config.n_experts,
+        "max_length": config.max_length,
     }
 
 

@@ -113,3 +113,55 @@ def test_the_triton_head_runs_without_triton() -> None:
     assert values.shape == entropy.shape == (26,)  # flat, as verl's kernel returns them
     for ours, exact in zip((values, entropy, *gradients), truth, strict=True):
         torch.testing.assert_close(ours, exact.view_as(ours).float(), rtol=1e-4, atol=1e-4)
+
+
+def test_what_verls_own_test_compares() -> None:
+    """``tests/utils/test_linear_cross_entropy.py`` of verl (Apache 2.0), which needs a GPU there.
+
+    Its bfloat16 inputs and its tolerances, on fewer tokens: logits path, fused head and kernel
+    against plain torch, and the gradients of a random sum of log-probs and entropy.
+    """
+    generator = torch.Generator().manual_seed(5)
+
+    def uniform(*shape: int, high: float = 0.5) -> Tensor:
+        return ((2 * torch.rand(shape, generator=generator) - 1) * high).bfloat16()
+
+    hidden, weight = uniform(1, 153, 256), uniform(1999, 256)
+    ids = torch.randint(1999, (1, 153), generator=generator)
+    for_entropy, for_values = uniform(153), uniform(153, high=1.0)
+
+    def plain(h: Tensor, w: Tensor) -> Any:
+        logits = h[0].float() @ w.float().T / 1.5
+        logprobs = logits.log_softmax(-1)
+        return logprobs.gather(-1, ids[0, :, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
+
+    def by_logits(h: Tensor, w: Tensor) -> Any:
+        logits = h[0].float() @ w.float().T / 1.5
+        values = functional.logprobs_from_logits(logits, ids[0], inplace_backward=False)
+        return values, functional.entropy_from_logits(logits)
+
+    def by_head(h: Tensor, w: Tensor) -> Any:
+        values, entropy = fused.FusedLinearForPPO()(h.float(), w.float(), ids, temperature=1.5)
+        return values[0], entropy[0]
+
+    def by_kernel(h: Tensor, w: Tensor) -> Any:
+        return kernel.linear_cross_entropy(h, w, ids, 1.5)
+
+    def computed(call: Any) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+        values, entropy = call(*leaves)
+        made = torch.autograd.grad(
+            (entropy, values), leaves, (for_entropy.to(entropy.dtype), for_values.to(values.dtype))
+        )
+        return [values.detach(), entropy.detach(), *made]
+
+    expected = computed(plain)
+    with deeprec.patch("verl"):
+        paths = {call: computed(call) for call in (by_logits, by_head, by_kernel)}
+        assert explain().count(": 1 calls") == 4
+    for call, made in paths.items():
+        exact = call is not by_kernel
+        near = [(1e-4, 1e-4)] * 2 if exact else [(1e-3, 2e-4), (5e-3, 5e-4)]
+        near += [(1e-2, 1e-4)] * 2 if exact else [(2e-2, 4e-2)] * 2
+        for ours, theirs, (atol, rtol) in zip(made, expected, near, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=atol, rtol=rtol)

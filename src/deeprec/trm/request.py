@@ -1,0 +1,126 @@
+"""What a TRM may be asked: arguments checked, made contiguous and named in errors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deeprec.ops import SeenItems
+
+__all__ = ["Request", "check_exclusions", "excluded_rows"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """The tensors of a request: histories with their lengths, or their states, or both."""
+
+    history: Tensor | None  # int64 [B, L]
+    lengths: Tensor | None  # int64 [B]
+    states: Tensor | None = None  # float32 [B, H]
+    preference: Tensor | None = None  # float32 [B, P]
+
+    @classmethod
+    def checked(
+        cls,
+        sizes: Mapping[str, int],
+        history: Tensor | np.ndarray | None,
+        lengths: Tensor | np.ndarray | None,
+        preference: Tensor | np.ndarray | None = None,
+        states: Tensor | None = None,
+    ) -> Request:
+        """The request, once shapes and dtypes fit a TRM of these sizes; values are not looked at.
+
+        Raises TypeError or ValueError, naming the argument.
+        """
+        ids, counts = _history(history, lengths, sizes["max_length"], states)
+        count = len(states if ids is None else ids)  # type: ignore[arg-type]
+        if states is not None:
+            way_out = "history_states gives it"
+            states = _matrix("states", states, count, sizes["hidden"], way_out)
+        if preference is not None:
+            way_out = "use the sentence encoder the TRM was trained with"
+            preference = _matrix("preference", preference, count, sizes["text_dim"], way_out)
+        return cls(ids, counts, states, preference)
+
+    @property
+    def count(self) -> int:
+        """Users who ask."""
+        rows = self.states if self.history is None else self.history
+        assert rows is not None
+        return rows.shape[0]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def given(self) -> list[Tensor]:
+        """The tensors whose device decides which backend runs."""
+        tensors = (self.history, self.preference, self.states)
+        return [tensor for tensor in tensors if tensor is not None]
+
+
+def _history(
+    history: Any, lengths: Any, limit: int, states: Any
+) -> tuple[Tensor | None, Tensor | None]:
+    if history is None and lengths is None and states is not None:
+        return None, None
+    if history is None or lengths is None:
+        raise ValueError("history and lengths: expected both, or states without them")
+    ids, counts = torch.as_tensor(history), torch.as_tensor(lengths)
+    for name, tensor in (("history", ids), ("lengths", counts)):
+        if tensor.dtype != torch.int64:
+            raise TypeError(f"{name}: expected int64, got {tensor.dtype}; use .long()")
+    if ids.ndim != 2 or not 1 <= ids.shape[1] <= limit:
+        raise ValueError(
+            f"history: expected item ids [B, L] with L from 1 to {limit}, got shape "
+            f"{tuple(ids.shape)}; keep the last {limit} items"
+        )
+    if counts.shape != ids.shape[:1]:
+        raise ValueError(f"lengths: expected shape ({len(ids)},), got {tuple(counts.shape)}")
+    return ids.contiguous(), counts.contiguous()
+
+
+def _matrix(name: str, value: Any, rows: int, columns: int, way_out: str) -> Tensor:
+    tensor = torch.as_tensor(value).detach()
+    if tensor.shape != (rows, columns):
+        raise ValueError(
+            f"{name}: expected shape ({rows}, {columns}), got {tuple(tensor.shape)}; {way_out}"
+        )
+    if tensor.dtype != torch.float32:
+        raise TypeError(f"{name}: expected float32, got {tensor.dtype}; use .float()")
+    return tensor.contiguous()
+
+
+def check_exclusions(asked: Request, exclude: SeenItems | None, exclude_history: bool) -> None:
+    """Raise unless exclusions fit the request."""
+    if exclude is not None and (not isinstance(exclude, SeenItems) or len(exclude) != len(asked)):
+        raise ValueError(
+            f"exclude: expected a SeenItems of {len(asked)} rows, got "
+            + (f"{len(exclude)} rows" if isinstance(exclude, SeenItems) else repr(exclude))
+        )
+    if exclude_history and asked.history is None:
+        raise ValueError("exclude_history: needs history and lengths beside states")
+
+
+def excluded_rows(
+    asked: Request, exclude: SeenItems | None, exclude_history: bool
+) -> SeenItems | None:
+    """Rows of the item index: ids less one, of the history as well if asked for."""
+    if exclude_history:
+        assert asked.history is not None
+        seen = SeenItems.from_padded(asked.history)
+        if exclude is not None:
+            rows = [
+                [*a.tolist(), *b.tolist()] for a, b in zip(_rows(exclude), _rows(seen), strict=True)
+            ]
+            seen = SeenItems.from_lists(rows).to(asked.history.device)
+        exclude = seen
+    return None if exclude is None else SeenItems(exclude.offsets, exclude.ids - 1)
+
+
+def _rows(seen: SeenItems) -> tuple[Tensor, ...]:
+    return seen.ids.split(seen.offsets.diff().tolist())

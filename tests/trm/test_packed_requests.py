@@ -1,0 +1,72 @@
+"""What a packed TRM refuses, and how it says so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from small_trm import ask, make
+
+from deeprec.ops import SeenItems
+
+
+def test_bad_requests_name_the_argument() -> None:
+    model = make()
+    packed = model.pack()
+    history, lengths, preference = ask(model, 3, shortest=9)
+
+    def refused(error: type[Exception], match: str, *asked: Any, **options: Any) -> None:
+        with pytest.raises(error, match=match):
+            packed.retrieve(*asked, **{"k": 3, **options})
+
+    refused(ValueError, "lengths.*got 0 in row 1", history, torch.tensor([9, 0, 9]), None)
+    refused(ValueError, "lengths.*got 10", history, torch.tensor([9, 10, 9]), None)
+    refused(ValueError, "lengths.*shape", history, lengths[:2], None)
+    refused(TypeError, "lengths.*int64", history, lengths.float(), None)
+    refused(TypeError, "history.*int64", history.int(), lengths, None)
+    refused(ValueError, "history.*1 to 9", torch.ones(3, 10, dtype=torch.int64), lengths, None)
+    refused(ValueError, "history.*shape", history[0], lengths, None)
+    for item in (-1, 0, 41, 2**40):
+        wrong = history.clone()
+        wrong[1, 0] = item
+        refused(IndexError, f"history: row 1 holds {item} at position 0", wrong, lengths, None)
+    beyond = torch.ones_like(history)
+    refused(ValueError, "history.*beyond its length", beyond, torch.tensor([9, 2, 9]), None)
+    refused(ValueError, "preference.*text_dim|preference.*12", history, lengths, preference[:, :5])
+    refused(ValueError, "preference", history, lengths, preference[:2])
+    refused(TypeError, "preference.*float32", history, lengths, preference.double())
+    for bad in (float("nan"), float("inf")):
+        wrong = preference.clone()
+        wrong[2, 4] = bad
+        refused(ValueError, "preference: row 2 holds NaN or inf", history, lengths, wrong)
+    refused(ValueError, "k must be", history, lengths, None, k=0)
+    refused(ValueError, "exclude.*3 rows", history, lengths, None, exclude=SeenItems.from_lists([]))
+    refused(ValueError, "exclude", history, lengths, None, exclude=[[1], [2], [3]])
+    wrong_ids = SeenItems.from_lists([[1], [41], []])
+    refused(IndexError, "exclude: row 1 holds 41", history, lengths, None, exclude=wrong_ids)
+    refused(ValueError, "history and lengths", None, None, None)
+    refused(ValueError, "states", history, lengths, None, states=torch.zeros(3, 5))
+    states = packed.history_states(history, lengths)
+    refused(ValueError, "exclude_history", None, None, None, states=states, exclude_history=True)
+    states[1, 2] = torch.nan
+    refused(ValueError, "states: row 1", None, None, None, states=states)
+    with pytest.raises(ValueError, match="dtype"):
+        model.pack(torch.float16)
+
+
+@pytest.mark.parametrize(
+    "name", ["item_embedding.weight", "trm_encoder.layer.1.feed_forward.linear_2.bias"]
+)
+def test_weights_that_are_not_finite_are_named(name: str) -> None:
+    model = make()
+    with torch.no_grad():
+        dict(model.named_parameters())[name].view(-1)[-1] = torch.nan
+    history, lengths, preference = ask(model, 3)
+    with pytest.raises(ValueError, match=name):
+        model.retrieve(history, lengths, preference, 3)
+
+
+def test_a_checkpoint_of_another_shape_names_the_tensor() -> None:
+    with pytest.raises(RuntimeError, match=r"item_embedding\.weight"):
+        make().load_state_dict(make(n_items=41).state_dict())
