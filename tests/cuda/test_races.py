@@ -25,7 +25,8 @@ def test_cuda_race_evidence_is_of_these_sources() -> None:
     )
     assert set(stored["kernels"]) == set(json.loads(RESULT.read_text())["kernels"])
     results = {kernel["result"] for kernel in stored["kernels"].values()}
-    assert results <= {"race_free", "unsupported", "timeout", "analysis_budget_exceeded"}
+    undecided = {"unsupported", "timeout", "analysis_budget_exceeded", "not launched"}
+    assert results <= {"race_free", *undecided}
     for part in ("trm_dense", "trm_norm", "trm_fuse"):
         assert all(
             kernel["result"] == "race_free"
