@@ -18,7 +18,7 @@ from deeprec.trm import PreferenceAwareTRM
 from deeprec.trm.convolution import multiply_spectra
 from deeprec.trm.layers import Encoder, EncoderLayer
 
-__all__ = ["CompiledTRM", "authors_path", "eager_module", "recbole_ms"]
+__all__ = ["CompiledTRM", "adapted", "authors_path", "eager_module", "padded_states", "recbole_ms"]
 
 # A Python that has RecBole 1.2.1, which installs up to Python 3.11 with setuptools < 81.
 RECBOLE_PYTHON = "RECBOLE_PYTHON"
@@ -46,8 +46,9 @@ def padded_encoder(encoder: Encoder, states: Tensor, lengths: Tensor) -> Tensor:
             )
         )
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + mask
-        heads = (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
-        return layer.feed_forward(attention.LayerNorm(queries + attention.out_linear(heads)))
+        heads = (attention.dropout(scores.softmax(dim=-1)) @ v).transpose(1, 2).flatten(2)
+        attended = attention.dropout(attention.out_linear(heads))
+        return layer.feed_forward(attention.LayerNorm(queries + attended))
 
     *layers, last_layer = (cast(EncoderLayer, layer) for layer in encoder.layer)
     for layer in layers:
@@ -56,15 +57,10 @@ def padded_encoder(encoder: Encoder, states: Tensor, lengths: Tensor) -> Tensor:
     return apply(last_layer, last, states).squeeze(1)
 
 
-def padded_vectors(
-    model: PreferenceAwareTRM,
-    history: Tensor,
-    lengths: Tensor,
-    preference: Tensor,
-    texts: Tensor,
-    table: Tensor,
+def padded_states(
+    model: PreferenceAwareTRM, history: Tensor, lengths: Tensor, texts: Tensor, table: Tensor
 ) -> Tensor:
-    """User vectors from adapted texts ``[L, B, H]`` and the items' table, padding included."""
+    """``history_states`` of adapted texts ``[L, B, H]`` and the items' table, padding included."""
     width = history.shape[1]
     padded = F.pad(history, (0, model.config.max_length - width))
     # Real matrices instead of complex transforms: faster, and torch.compile generates no others.
@@ -75,7 +71,14 @@ def padded_vectors(
         a * torch.sigmoid(model.item_gating(a)) + b * torch.sigmoid(model.fusion_gating(b))
     )
     states = model.LayerNorm(mixed + model.position_embedding.weight[:width])
-    return model.with_preference(padded_encoder(model.trm_encoder, states, lengths), preference)
+    return padded_encoder(model.trm_encoder, model.dropout(states), lengths)
+
+
+def adapted(model: PreferenceAwareTRM, history: Tensor) -> Tensor:
+    """Texts of a batch through the adaptor, every distinct item once, ``[L, B, H]``."""
+    padded = F.pad(history, (0, model.config.max_length - history.shape[1])).T
+    items, where = padded.unique(return_inverse=True)
+    return F.embedding(where, model.moe_adaptor(model.item_plm_embedding(items)))
 
 
 def authors_path(model: PreferenceAwareTRM, k: int) -> Callable[..., Any]:
@@ -83,11 +86,9 @@ def authors_path(model: PreferenceAwareTRM, k: int) -> Callable[..., Any]:
 
     @torch.no_grad()
     def call(history: Tensor, lengths: Tensor, preference: Tensor) -> Any:
-        padded = F.pad(history, (0, model.config.max_length - history.shape[1])).T
-        items, where = padded.unique(return_inverse=True)
-        texts = F.embedding(where, model.moe_adaptor(model.item_plm_embedding(items)))
         table = model.item_embedding.weight
-        users = padded_vectors(model, history, lengths, preference, texts, table)
+        states = padded_states(model, history, lengths, adapted(model, history), table)
+        users = model.with_preference(states, preference)
         return ranked(users, F.normalize(table, dim=1), history, k)
 
     return call
@@ -123,7 +124,8 @@ class CompiledTRM:
     ) -> Tensor:
         padded = F.pad(history, (0, self.model.config.max_length - history.shape[1]))
         words = F.embedding(padded.T, texts)
-        return padded_vectors(self.model, history, lengths, preference, words, table)
+        states = padded_states(self.model, history, lengths, words, table)
+        return self.model.with_preference(states, preference)
 
     @torch.no_grad()
     def __call__(self, history: Tensor, lengths: Tensor, preference: Tensor) -> Any:

@@ -129,7 +129,8 @@ inline Vec multiply_add(Word x, const Word* y, Vec sum) { return fma(set1(x), lo
 // The accumulators that fit the registers: 8 x 2 of 32 with AVX-512, 4 x 2 of 16 below.
 constexpr int kRows = Vec::width == 16 ? 8 : 4, kColumns = 2;
 // Blocks of B that stay in the first-level cache while every row passes over them. Their sum starts
-// at 0 and is then added to C, which keeps rounding errors from growing along all of k.
+// at 0 and is then added to C, which keeps rounding errors from growing along all of k. A block of
+// bf16 is half as large, and its sums go through half as many steps.
 #if defined(__AVX512BF16__)
 constexpr int64_t kResident = 4;
 #else

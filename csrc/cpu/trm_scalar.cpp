@@ -1,5 +1,6 @@
 #include "cpu/trm_body.h"
 
 namespace deeprec::trm {
-extern const Kernels kKernels_scalar{&scratch_floats, &history_states, &add_preference};
+extern const Kernels kKernels_scalar{&scratch_floats, &history_states, &adapt_preference,
+                                   &finish_users};
 }  // namespace deeprec::trm

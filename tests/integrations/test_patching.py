@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import pickle
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 import deeprec
 from deeprec.integrations import explain, patching
@@ -175,6 +177,26 @@ def test_an_untested_version_names_both_and_the_remedy(library: Any) -> None:
     with pytest.raises(RuntimeError, match=r'1\.4\.2 is installed.*pip install "fakelib==1.3'):
         deeprec.patch("fakelib")
     assert core.double(3) == 6
+
+
+@pytest.mark.parametrize(
+    ("target", "tested", "newer"),
+    [
+        ("trl", "1.16.0", "1.17.0"),
+        ("verl", "0.9.1", "0.10.0"),
+        ("openrlhf", "0.11.2", "0.12.0"),
+        ("recbole", "1.2.1", "1.2.2"),
+    ],
+)
+def test_the_versions_of_every_library(
+    monkeypatch: pytest.MonkeyPatch, target: str, tested: str, newer: str
+) -> None:
+    peer = importlib.import_module(f"deeprec.integrations.{target}").PEER
+    assert tested in SpecifierSet(peer.supported)
+    monkeypatch.setattr(metadata, "version", lambda name: newer)
+    with pytest.raises(RuntimeError, match=rf"{newer} is installed; nothing was patched. pip"):
+        deeprec.patch(target)
+    assert "nothing is patched" in explain()
 
 
 def test_a_library_that_is_not_installed(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:

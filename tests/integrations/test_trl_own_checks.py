@@ -10,6 +10,7 @@ end, so there errors against float64 are compared instead.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -35,7 +36,6 @@ def _patched() -> Iterator[None]:
     torch.manual_seed(42)
     with deeprec.patch("trl"):
         yield
-        assert " 1 calls" in explain() or " 2 calls" in explain() or "passed on" in explain()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES])
@@ -46,6 +46,8 @@ def test_selective_log_softmax(dtype: torch.dtype, many: int) -> None:
     wide = ids if many else ids[..., None]
     expected = logits.log_softmax(-1).gather(-1, wide).view(ids.shape)
     made = trl.selective_log_softmax(logits, ids)
+    calls = 0 if dtype == torch.float64 else 1
+    assert f"selective_log_softmax -> deeprec.gather_logprobs: {calls} calls" in explain()
     assert made.shape == ids.shape and made.dtype == dtype
     if dtype in HALVES:
         exact = logits.double().log_softmax(-1).gather(-1, wide).view(ids.shape)
@@ -119,7 +121,7 @@ def scored(
     values, entropy, *_ = trl._ChunkedLogProbFunction.apply(
         hidden, weight, bias[0] if bias else None, labels, temperature, CHUNK, None, scale, OURS
     )
-    assert "ChunkedLogProbFunction -> deeprec.linear_logprobs" in explain()
+    assert re.search(r"ChunkedLogProbFunction -> deeprec.linear_logprobs: [1-9]", explain())
     return values, entropy
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
 from small_trm import ask, make
+from test_model import reference
 
 from deeprec.ops import SeenItems
+from deeprec.trm import PreferenceAwareTRM
 
 
 def test_bad_requests_name_the_argument() -> None:
@@ -70,3 +73,7 @@ def test_weights_that_are_not_finite_are_named(name: str) -> None:
 def test_a_checkpoint_of_another_shape_names_the_tensor() -> None:
     with pytest.raises(RuntimeError, match=r"item_embedding\.weight"):
         make().load_state_dict(make(n_items=41).state_dict())
+    config, state, _ = reference("trm_small")
+    name = "trm_encoder.layer.0.feed_forward.linear_1.weight"
+    with pytest.raises(RuntimeError, match=re.escape(name)):
+        PreferenceAwareTRM.from_reference(config, state | {name: state[name][:, :-1]})

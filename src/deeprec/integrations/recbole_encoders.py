@@ -3,7 +3,7 @@
 RecBole encodes every history at the full padded length, one batch of thousands of users at a time,
 and computes the last layer at every position although only the last one is used. Here users are
 sorted by length and encoded a few at a time, so that padding is never computed and intermediate
-results stay in the cache; the last layer runs at the last position alone.
+results stay in the cache; a transformer's last layer runs at the last position alone.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ __all__ = ["gru4rec_vectors", "sasrec_vectors", "why_not_fast"]
 # Positions encoded at once. The widest intermediate result (256 floats a position by default) then
 # takes 1 MB, a core's second-level cache.
 POSITIONS = 1024
+# Of a GRU: state and gates, 2 KB a row by default, again the second-level cache.
+GRU_ROWS = 512
 
 
 def why_not_fast(model: nn.Module, item_seq: Tensor, item_seq_len: Tensor) -> str | None:
@@ -55,12 +57,39 @@ def sasrec_vectors(model: Any, item_seq: Tensor, item_seq_len: Tensor) -> Tensor
 
 def gru4rec_vectors(model: Any, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
     """f32 ``[B, H]``: GRU4Rec's output at each history's last position."""
+    order = item_seq_len.argsort(descending=True)
+    states = torch.empty(len(item_seq), model.gru_layers.hidden_size)
+    for rows in order.split(GRU_ROWS):
+        lengths = item_seq_len[rows]
+        history = item_seq[rows, : int(lengths[0])]
+        states[rows] = _gru(model.gru_layers, model.item_embedding(history), lengths)
+    vectors: Tensor = model.dense(states)
+    return vectors
 
-    def encode(history: Tensor, last: Tensor) -> Tensor:
-        states, _ = model.gru_layers(model.item_embedding(history))
-        return model.dense(_at(states, last))
 
-    return _encoded(encode, item_seq, item_seq_len, model.dense.out_features, POSITIONS * 16)
+def _gru(gru: nn.GRU, x: Tensor, lengths: Tensor) -> Tensor:
+    """The last state ``[n, H]`` of inputs ``[n, L, D]``, by descending length; without biases.
+
+    A row stops at its end, and gates are computed in place: torch's GRU takes 1.3 to 1.5 times as
+    long (64 inputs, 128 states).
+    """
+    active = (lengths[:, None] > torch.arange(x.shape[1])).sum(0).tolist()
+    inputs = list(x.unbind(1))
+    for layer in range(gru.num_layers):
+        from_input = getattr(gru, f"weight_ih_l{layer}").t()
+        from_state = getattr(gru, f"weight_hh_l{layer}").t()
+        size = gru.hidden_size
+        state = x.new_zeros(len(x), size)
+        for step, n in enumerate(active):
+            gates = inputs[step][:n] @ from_input  # reset, update, candidate
+            recurrent = state[:n] @ from_state
+            reset_update = gates[:, : 2 * size].add_(recurrent[:, : 2 * size]).sigmoid_()
+            reset, update = reset_update.chunk(2, -1)
+            candidate = torch.addcmul(gates[:, 2 * size :], reset, recurrent[:, 2 * size :]).tanh_()
+            torch.lerp(candidate, state[:n], update, out=state[:n])
+            if layer + 1 < gru.num_layers:
+                inputs[step] = state[:n].clone()
+    return state
 
 
 def _encoded(
@@ -68,22 +97,21 @@ def _encoded(
     item_seq: Tensor,
     lengths: Tensor,
     size: int,
-    positions: int = POSITIONS,
 ) -> Tensor:
     """``encode(histories, last positions)`` of users with similar lengths at a time."""
     vectors = torch.empty(len(item_seq), size)
-    for rows, longest in _groups(lengths, positions):
+    for rows, longest in _groups(lengths):
         vectors[rows] = encode(item_seq[rows, :longest], lengths[rows] - 1)
     return vectors
 
 
-def _groups(lengths: Tensor, positions: int) -> Iterator[tuple[Tensor, int]]:
-    """Rows by descending length, so many at a time that they fill ``positions``."""
+def _groups(lengths: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """Rows by descending length, so many at a time that they fill :data:`POSITIONS`."""
     order = lengths.argsort(descending=True)
     start = 0
     while start < len(order):
         longest = int(lengths[order[start]])
-        rows = order[start : start + max(1, positions // longest)]
+        rows = order[start : start + max(1, POSITIONS // longest)]
         yield rows, longest
         start += len(rows)
 

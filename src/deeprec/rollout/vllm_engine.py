@@ -183,12 +183,14 @@ class VLLMEngine:
             self._cancel(known)
 
     def restart(self) -> None:
-        """Forget all conversations and start a new vLLM with the weights last taken over."""
+        """Forget all conversations and stop vLLM.
+
+        The next request starts a new one, with the weights last taken over.
+        """
         self._conversations.clear()
         self._asked.clear()
         self._done.clear()
         self._vllm.stop()
-        self._vllm.start()
 
     def sleep(self) -> None:
         """Free the GPU: weights and cache are dropped until :meth:`sync_weights`.

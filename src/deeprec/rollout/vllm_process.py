@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import shutil
@@ -9,11 +10,12 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
@@ -24,10 +26,12 @@ from deeprec.rollout.weights import whole_parameters
 __all__ = ["VLLMOptions", "VLLMProcess"]
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 SHARED_MEMORY = Path("/dev/shm")
 # Loading weights and compiling the model takes minutes for large ones.
 START_SECONDS = 1800.0
+STOP_SECONDS = 60.0
 # What a launcher tells this process about the others would confuse vLLM's own.
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -63,6 +67,8 @@ class VLLMOptions:
 class VLLMProcess:
     """vLLM with one policy's weights; every call ends, with an answer or an EngineError.
 
+    After :meth:`stop` the next request starts vLLM again.
+
     Args:
         policy: what vLLM computes with, after :meth:`load_weights` again.
         dtype: vLLM computes in.
@@ -88,20 +94,21 @@ class VLLMProcess:
         self._policy, self._dtype = policy, dtype
         self._max_tokens, self._logprobs_mode = max_tokens, logprobs_mode
         self._asleep = False
+        self._processes: set[psutil.Process] = set()
         place = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
         self._folder = Path(tempfile.mkdtemp(prefix="deeprec-vllm-", dir=place))
         self._clean_up = weakref.finalize(self, shutil.rmtree, self._folder, True)
         policy.config.save_pretrained(self._folder)
         self._write_weights()
         self._vllm: Any = None
-        self.start()
+        self._start()
 
     @property
     def running(self) -> bool:
         """Whether vLLM was started and not stopped since."""
         return self._vllm is not None
 
-    def start(self) -> None:
+    def _start(self) -> None:
         """Start vLLM with the weights last written."""
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
@@ -125,16 +132,31 @@ class VLLMProcess:
                 **self.options.settings,
             }
         )
-        with _own_device():
-            self._vllm = self._call(
-                "start", lambda: LLMEngine.from_engine_args(arguments), START_SECONDS
-            )
+        others = _processes()
+        try:
+            with _own_device():
+                self._vllm = self._call(
+                    "start", lambda: LLMEngine.from_engine_args(arguments), START_SECONDS
+                )
+        finally:
+            self._processes = _processes() - others
+            if self._vllm is None:
+                self.stop()
 
     def stop(self) -> None:
         """End vLLM's processes, whatever they are doing."""
         vllm, self._vllm = self._vllm, None
-        if vllm is not None:
-            vllm.engine_core.shutdown()
+        try:
+            if vllm is not None:
+                self._call("stop", vllm.engine_core.shutdown, STOP_SECONDS)
+        except EngineError as error:
+            logger.warning("%s; its processes are killed", error)
+        # A worker that hangs outlives the process that vLLM ends.
+        for process in self._processes:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(self._processes, timeout=STOP_SECONDS)
+        self._processes = set()
 
     def close(self) -> None:
         """Stop, and free what is held here."""
@@ -146,13 +168,16 @@ class VLLMProcess:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        if self._vllm is None:
+            self._start()
         kind = RequestOutputKind.DELTA
         parameters = SamplingParams(detokenize=False, output_kind=kind, **settings)
         self._vllm.add_request(name, {"prompt_token_ids": tokens}, parameters)
 
     def abort(self, name: str) -> None:
         """Forget a request."""
-        self._vllm.abort_request([name])
+        if self._vllm is not None:
+            self._vllm.abort_request([name])
 
     def step(self) -> list[Any]:
         """Wait for vLLM's next outputs."""
@@ -161,13 +186,15 @@ class VLLMProcess:
 
     def sleep(self) -> None:
         """Drop weights and cache on a GPU, until :meth:`load_weights`."""
-        if self._may_sleep:
+        if self._may_sleep and self._vllm is not None:
             self._call("sleep", lambda: self._vllm.sleep(level=2))
             self._asleep = True
 
     def load_weights(self) -> None:
         """Take over the policy's current weights, in place, and forget the cache."""
         self._write_weights()
+        if self._vllm is None:
+            return  # reads them when it starts
         if self._asleep:
             self._call("wake up", lambda: self._vllm.wake_up(tags=["weights"]))
         self._call(
@@ -213,6 +240,16 @@ class VLLMProcess:
         if error is not None:
             raise error
         return result
+
+
+def _processes() -> set[psutil.Process]:
+    """The processes of vLLM, by the title it gives them, that this one has started."""
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if process.name().startswith("VLLM"):
+                found.add(process)
+    return found
 
 
 @contextmanager

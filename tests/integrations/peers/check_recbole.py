@@ -130,6 +130,21 @@ def test_scores_of_sasrec(make: Any, changes: dict[str, Any]) -> None:
     assert error <= 2 * (theirs - exact).abs().max()
 
 
+@pytest.mark.parametrize("changes", [{}, {"num_layers": 3}])
+def test_scores_of_gru4rec(make: Any, changes: dict[str, Any]) -> None:
+    made = make("GRU4Rec", **changes)
+    made.model.eval()
+    users = next(iter(made.test))[0]
+    with torch.no_grad():
+        theirs = made.model.full_sort_predict(users)
+        with deeprec.patch("recbole"):
+            ours = made.model.full_sort_predict(users)
+            assert "GRU4Rec.forward -> deeprec's encoder of histories: 1 calls" in explain()
+        exact = made.model.double().full_sort_predict(users)
+    error = (ours - exact).abs().max()
+    assert error <= 2 * (theirs - exact).abs().max()
+
+
 def test_gradients_and_training_stay_with_recbole(make: Any) -> None:
     made = make("SASRec")
     users = next(iter(made.test))[0]
