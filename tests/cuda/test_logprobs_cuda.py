@@ -96,21 +96,6 @@ def test_ids_out_of_range_are_nan_and_touch_nothing(emulated) -> None:
     assert values.isfinite().all()
 
 
-# opcheck traces with symbols, whose warning about .grad of tensors that are no leaves is torch's.
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_cuda_ops_pass_opcheck(emulated) -> None:
-    """Rows that are limited, that do not count, and neither."""
-    ids, mask = torch.tensor([1, 4, -100, 2]), torch.tensor([True, True, False, True])
-    rows = (mask, torch.tensor([0, 0, 3, 3, 5]), torch.tensor([1, 4, 6, 0, 2]), True)
-    logits, hidden, weight, bias = (
-        torch.randn(*shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        for shape in ((4, 7), (4, 5), (7, 5), (7,))
-    )
-    ops = torch.ops.deeprec
-    torch.library.opcheck(ops.gather_logprobs_cuda.default, (logits, ids[:, None], 0.8, *rows))
-    torch.library.opcheck(ops.linear_logprobs_cuda.default, (hidden, weight, ids, bias, 0.8, *rows))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cuda_strides_and_odd_addresses_change_nothing(emulated, dtype: torch.dtype) -> None:
     check_layouts("cuda", dtype)
