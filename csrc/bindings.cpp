@@ -56,11 +56,17 @@ void bind_topk(py::module_& m) {
       .def(py::init(&item_rows), py::arg("data"), py::arg("count"), py::arg("dim"),
            py::arg("stride"), py::arg("dtype"));
   py::class_<Prefilter>(m, "Prefilter")
-      .def(py::init([](uintptr_t codes, uintptr_t bounds, uintptr_t order, uintptr_t center) {
-             return Prefilter{pointer<uint8_t>(codes), pointer<BlockBound>(bounds),
-                              pointer<const uint32_t>(order), pointer<const double>(center)};
+      .def(py::init<>())
+      .def(py::init([](uintptr_t codes, uintptr_t bounds, uintptr_t order, uintptr_t center,
+                       int64_t centers, uintptr_t cluster, uintptr_t fine,
+                       uintptr_t fine_bounds) {
+             return Prefilter{pointer<uint8_t>(codes),         pointer<BlockBound>(bounds),
+                              pointer<const uint32_t>(order),  pointer<const double>(center),
+                              centers,                         pointer<const int32_t>(cluster),
+                              pointer<int16_t>(fine),          pointer<FineBound>(fine_bounds)};
            }),
-           py::arg("codes"), py::arg("bounds"), py::arg("order"), py::arg("center"));
+           py::arg("codes"), py::arg("bounds"), py::arg("order"), py::arg("center"),
+           py::arg("centers"), py::arg("cluster"), py::arg("fine"), py::arg("fine_bounds"));
   m.def("advise_huge_pages", [](uintptr_t data, int64_t bytes) {
     advise_huge_pages(pointer<void>(data), bytes);
   });
@@ -87,13 +93,13 @@ void bind_topk(py::module_& m) {
   m.def("topk_search",
         [](const ItemRows& rows, const Prefilter& filter, uintptr_t queries, int64_t count,
            int64_t k, std::pair<uintptr_t, uintptr_t> exclude,
-           std::tuple<uintptr_t, uintptr_t, uintptr_t> answer, int threads) {
+           std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t> answer, int threads) {
           search({rows, filter},
                  {pointer<const float>(queries), count, k,
                   {pointer<const int64_t>(exclude.first), pointer<const int64_t>(exclude.second)},
                   threads},
                  {pointer<float>(std::get<0>(answer)), pointer<int64_t>(std::get<1>(answer)),
-                  pointer<int64_t>(std::get<2>(answer))});
+                  pointer<int64_t>(std::get<2>(answer)), pointer<int64_t>(std::get<3>(answer))});
         },
         py::call_guard<py::gil_scoped_release>());
 }

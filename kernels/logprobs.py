@@ -120,8 +120,8 @@ def gather_forward(
         tl.store(values + row * tokens + at, value, mask=at < tokens)
 
     one = tl.arange(0, 1)
-    tl.store(states + 2 * row + one, top)
-    tl.store(states + 2 * row + 1 + one, total)
+    tl.store(states + 2 * row + one, tl.where(counted, top, 0.0))
+    tl.store(states + 2 * row + 1 + one, tl.where(counted, total, 1.0))
     if entropy is not None:
         spread = log_total - weighted / total
         # Rounding may leave a certain row a hair below 0; NaN stays.

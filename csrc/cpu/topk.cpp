@@ -39,6 +39,9 @@ constexpr double kSampleFactor = 6;
 // eight chunks the codes get another chance.
 constexpr int64_t kDenseShare = 8, kDenseChunks = 8;
 constexpr int64_t kHits = 8192;
+// Queries of one round: what a search keeps of a query (its products with all centers, candidates)
+// is some kilobytes, and a batch may have any size.
+constexpr int64_t kRound = 4096;
 
 // A child of fork() has none of its parent's OpenMP threads and would wait for them forever.
 bool g_forked = false;
@@ -86,10 +89,6 @@ Plan make_plan(const Index& index, const Request& request) {
           std::max<int64_t>(8, cache_bytes() / 2 / (kBlockRows * row_bytes)), grid};
 }
 
-// fp32 neighbours that enclose a real number, rounding to nearest and subnormals included.
-float below(double x) { return float(x - std::fabs(x) * 0x1p-23 - 0x1p-149); }
-float above(double x) { return float(x + std::fabs(x) * 0x1p-23 + 0x1p-149); }
-
 // One thread's share: a range of queries against a range of blocks.
 class Cell {
  public:
@@ -97,8 +96,9 @@ class Cell {
        int64_t query_end, int64_t block_begin, int64_t block_end)
       : plan_(plan), queries_(queries), lists_(lists), block_begin_(block_begin),
         block_end_(block_end), shape_(code_shape(plan.index.rows.dim)),
-        table_{plan.index.filter.codes, plan.index.filter.bounds, shape_.quads, shape_.steps},
-        rescorer_(plan.kernels, plan.index.rows, CandidateList::capacity(plan.k)),
+        table_{plan.index.filter.codes, plan.index.filter.bounds, plan.index.filter.cluster,
+               shape_.quads, shape_.steps},
+        rescorer_(plan.kernels, plan.index, CandidateList::capacity(plan.k)),
         hits_(size_t(std::max<int64_t>(kHits, kMaxTile * kBlockRows))),
         buffer_{hits_.data(), int64_t(hits_.size()), 0} {
     const int64_t width = plan.kernels.tile(shape_.quads);
@@ -134,7 +134,10 @@ class Cell {
   void prepare_tiles() {
     const int64_t code_bytes = shape_.quads * 4;
     const int64_t scratch = (plan_.kernels.scratch_bytes(shape_.quads) + 63) / 64 * 64;
-    const int64_t size = kMaxTile * code_bytes + scratch;
+    const int64_t width = (tiles_[0].count + kSubtile - 1) / kSubtile * kSubtile;
+    const int64_t centers = std::max<int64_t>(1, plan_.index.filter.centers);
+    const int64_t shifts = centers * width * int64_t(sizeof(double));
+    const int64_t size = kMaxTile * code_bytes + scratch + shifts;
     // Rows of a matrix-unit tile are fetched fastest from whole cache lines.
     storage_.resize(size_t(size) * tiles_.size() + 64);
     char* at =
@@ -147,9 +150,14 @@ class Cell {
       tile.codes = reinterpret_cast<int8_t*>(at);
       tile.scratch = at + kMaxTile * code_bytes;
       tile.packed = false;
+      tile.shift = reinterpret_cast<double*>(at + kMaxTile * code_bytes + scratch);
+      tile.shift_stride = width;
+      const double* exact[kMaxTile];
       for (int j = 0; j < tile.count; ++j) {
         const CodedQuery& query = queries_[tiles_[t].first + j];
+        exact[j] = query.exact;
         std::copy(query.codes, query.codes + code_bytes, tile.codes + j * code_bytes);
+        tile.inverse_scale[j] = 1 / query.scale;
         tile.norm[j] = query.norm;
         tile.error[j] = query.error;
         tile.offset[j] = query.offset;
@@ -157,8 +165,12 @@ class Cell {
       }
       for (int j = tile.count; j % kSubtile; ++j) {
         tile.norm[j] = tile.error[j] = tile.offset[j] = 0;
+        tile.inverse_scale[j] = 1;
         tile.threshold[j] = kInfinity;  // never reached
       }
+      if (plan_.index.filter.center)
+        plan_.kernels.products(plan_.index.filter.center, centers, plan_.index.rows.dim, exact,
+                               tile.count, tile.shift, width);
       start(tiles_[t]);
     }
   }
@@ -178,6 +190,7 @@ class Cell {
     Table part = table_;
     part.codes += block_begin_ * shape_.quads * 4 * kBlockRows;
     part.bounds += block_begin_;
+    if (part.cluster) part.cluster += block_begin_;
     plan_.kernels.sample(part, tile, sampled, blocks / sampled, lanes,
                          {score.data(), dot.data(), position.data()});
     std::vector<Candidate> found;
@@ -187,14 +200,14 @@ class Cell {
         const size_t at = size_t(j * lanes + l);
         Candidate candidate;
         const uint32_t p = uint32_t(block_begin_ * kBlockRows + position[at]);
-        if (score[at] > -kInfinity && bounded(span.first + j, p, dot[at], candidate))
+        if (score[at] > -kInfinity && bounded(span, j, p, dot[at], candidate))
           found.push_back(candidate);
       }
       if (int64_t(found.size()) < k) continue;
       // The likeliest k, scored exactly: their least score is nearer the truth than its bound.
       std::nth_element(found.begin(), found.begin() + (k - 1), found.end(), likelier);
       CandidateList& kept = list(span, j);
-      kept.rescored += rescorer_.resolve(found.data(), k, queries_[span.first + j].exact);
+      kept.rescored += rescorer_.resolve(found.data(), k, queries_[span.first + j]);
       kept.threshold = rescorer_.kth_lower(found.data(), k, k);
       publish(span, j);
     }
@@ -203,14 +216,16 @@ class Cell {
   CandidateList& list(const Span& span, int j) { return lists_[span.first + j]; }
 
   // What is known of a row from its codes; false if it is padding or excluded.
-  bool bounded(int64_t query, uint32_t position, int32_t dot, Candidate& out) const {
+  bool bounded(const Span& span, int j, uint32_t position, int32_t dot, Candidate& out) const {
     if (position >= plan_.index.rows.count) return false;
     out.id = item(position);
-    if (queries_.excluded(query, out.id)) return false;
-    const CodedQuery& q = queries_[query];
+    out.position = position;
+    if (queries_.excluded(span.first + j, out.id)) return false;
+    const CodedQuery& q = queries_[span.first + j];
     const BlockBound& block = table_.bounds[position / kBlockRows];
     const double unit = q.scale / block.inverse_scale;
-    const double middle = q.shift + (dot - q.offset) * unit;
+    const double shift = shifts_of(table_, *span.coded, position / kBlockRows)[j];
+    const double middle = shift + (dot - q.offset) * unit;
     const double radius = (q.norm * block.error + q.error * block.norm) * unit * (1 + 0x1p-40);
     out.lower = below(middle - radius);
     out.upper = above(middle + radius);
@@ -222,20 +237,17 @@ class Cell {
     return order ? order[position] : position;
   }
 
-  // The list's threshold as the scan wants it: below the fp32 rounding of any score that ties,
-  // without the part of the score that is the same for all rows, in units of the query's scale.
+  // The list's threshold as the scan wants it: below the fp32 rounding of any score that ties.
   void publish(const Span& span, int j) {
     if (!span.coded) return;
-    const CodedQuery& query = queries_[span.first + j];
-    double t = std::min(list(span, j).threshold, FLT_MAX);
-    t -= std::fabs(t) * 0x1p-23 + 0x1p-148;
-    span.coded->threshold[j] = (t - query.shift) / query.scale;
+    const double t = std::min(list(span, j).threshold, FLT_MAX);
+    span.coded->threshold[j] = t - (std::fabs(t) * 0x1p-23 + 0x1p-148);
   }
 
   void add(int64_t query, CandidateList& list, const Candidate& candidate) {
     if (candidate.upper < list.threshold) return;
     if (list.count == CandidateList::capacity(plan_.k))
-      list.make_room(plan_.k, rescorer_, queries_[query].exact);
+      list.make_room(plan_.k, rescorer_, queries_[query]);
     list.items[list.count++] = candidate;
   }
 
@@ -253,12 +265,13 @@ class Cell {
         const Hit& hit = buffer_.hits[i];
         const int64_t query = span.first + hit.query;
         Candidate candidate;
-        if (bounded(query, hit.position, hit.dot, candidate))
+        if (bounded(span, hit.query, hit.position, hit.dot, candidate))
           add(query, lists_[query], candidate);
       }
       for (int j = 0; buffer_.count && j < span.count; ++j) publish(span, j);
     }
-    if (begin != block_begin_ && found * kDenseShare > (end - begin) * kBlockRows * span.count)
+    // Rows of a cluster lie together: where they end, so do the candidates.
+    if (!table_.cluster && begin != block_begin_ && found * kDenseShare > (end - begin) * kBlockRows * span.count)
       span.dense = kDenseChunks;
   }
 
@@ -280,7 +293,7 @@ class Cell {
         const int64_t query = span.first + hit.query;
         const uint32_t id = item(hit.position);
         if (!queries_.excluded(query, id))
-          add(query, lists_[query], {hit.score, hit.score, id});
+          add(query, lists_[query], {hit.score, hit.score, id, Candidate::kRefined});
       }
       p = stop;
       step = std::min(2 * step, kHits / span.count);
@@ -308,24 +321,29 @@ void finish(const Plan& plan, const Queries& queries, const std::vector<Candidat
   const int64_t k = plan.k, asked = plan.request.k, count = plan.request.count;
   all.clear();
   float threshold = -kInfinity;
-  int64_t rescored = 0;
+  int64_t rescored = 0, refined = 0;
   for (int64_t part = 0; part < plan.grid.item_parts; ++part) {
     const CandidateList& list = lists[size_t(part * count + query)];
     all.insert(all.end(), list.items, list.items + list.count);
     threshold = std::max(threshold, list.threshold);
     rescored += list.rescored;
+    refined += list.refined;
   }
   Candidate* c = all.data();
   int64_t n = int64_t(all.size());
   if (n > k) {
     threshold = std::max(threshold, rescorer.kth_lower(c, n, k));
     n = drop_below(c, n, threshold);
+    if (n > 2 * k) {
+      refined += rescorer.refine(c, n, queries[query]);
+      n = drop_below(c, n, rescorer.kth_lower(c, n, k));
+    }
     // Once the likeliest k are exact, the k-th of them rules out most of the others.
     std::nth_element(c, c + (k - 1), c + n, likelier);
-    rescored += rescorer.resolve(c, k, queries[query].exact);
+    rescored += rescorer.resolve(c, k, queries[query]);
     n = drop_below(c, n, rescorer.kth_lower(c, n, k));
   }
-  rescored += rescorer.resolve(c, n, queries[query].exact);
+  rescored += rescorer.resolve(c, n, queries[query]);
   const int64_t kept = std::min(k, n);
   std::partial_sort(c, c + kept, c + n, ranks_before);
   float* values = answer.values + query * asked;
@@ -335,24 +353,11 @@ void finish(const Plan& plan, const Queries& queries, const std::vector<Candidat
     indices[i] = i < kept ? int64_t(c[i].id) : -1;
   }
   answer.rescored[query] = rescored;
+  if (answer.refined) answer.refined[query] = refined;
 }
 
-}  // namespace
-
-const Kernels& active_kernels() {
-  switch (active_isa()) {
-#if defined(__x86_64__)
-    case Isa::avx2: return *avx2_kernels();
-    case Isa::avx_vnni: return *avx_vnni_kernels();
-    case Isa::avx512: return *avx512_kernels();
-    case Isa::avx512_vnni: return *avx512_vnni_kernels();
-    case Isa::amx: return *amx_kernels();
-#endif
-    default: return *scalar_kernels();
-  }
-}
-
-void search(const Index& index, const Request& request, const Answer& answer) {
+// Returns a query that is not finite, or -1.
+int64_t search_round(const Index& index, const Request& request, const Answer& answer) {
   const Plan plan = make_plan(index, request);
   const Grid grid = plan.grid;
   Queries queries(index, request);
@@ -380,7 +385,7 @@ void search(const Index& index, const Request& request, const Answer& answer) {
              plan.blocks * (ip + 1) / grid.item_parts)
             .run();
       }
-      Rescorer rescorer(plan.kernels, index.rows, capacity * grid.item_parts);
+      Rescorer rescorer(plan.kernels, index, capacity * grid.item_parts);
       std::vector<Candidate> all;
 #pragma omp for schedule(static)
       for (int64_t b = 0; b < count; ++b)
@@ -388,9 +393,40 @@ void search(const Index& index, const Request& request, const Answer& answer) {
     }
   }
   for (int64_t b = 0; !finite && b < count; ++b)
-    if (!queries.finite(b))
-      throw std::invalid_argument("queries: row " + std::to_string(b) +
+    if (!queries.finite(b)) return b;
+  return -1;
+}
+
+}  // namespace
+
+const Kernels& active_kernels() {
+  switch (active_isa()) {
+#if defined(__x86_64__)
+    case Isa::avx2: return *avx2_kernels();
+    case Isa::avx_vnni: return *avx_vnni_kernels();
+    case Isa::avx512: return *avx512_kernels();
+    case Isa::avx512_vnni: return *avx512_vnni_kernels();
+    case Isa::amx: return *amx_kernels();
+#endif
+    default: return *scalar_kernels();
+  }
+}
+
+void search(const Index& index, const Request& request, const Answer& answer) {
+  const int64_t dim = index.rows.dim, k = request.k;
+  for (int64_t first = 0; first < request.count; first += kRound) {
+    Request part = request;
+    part.queries += first * dim;
+    part.count = std::min(kRound, request.count - first);
+    if (part.exclude.offsets) part.exclude.offsets += first;
+    const int64_t bad = search_round(
+        index, part,
+        {answer.values + first * k, answer.indices + first * k, answer.rescored + first,
+         answer.refined ? answer.refined + first : nullptr});
+    if (bad >= 0)
+      throw std::invalid_argument("queries: row " + std::to_string(first + bad) +
                                   " holds NaN or infinity; every query must be finite");
+  }
 }
 
 }  // namespace deeprec::topk

@@ -31,11 +31,28 @@ struct BlockBound {
   float norm;   // >= max over rows of |row|
 };
 
+// The same for 16-bit codes, whose scale is finer; no norm: the query is not coded.
+struct FineBound {
+  float inverse_scale;
+  float error;
+};
+
 struct Prefilter {
   uint8_t* codes = nullptr;          // [blocks, quads, 32, 4]
   BlockBound* bounds = nullptr;      // [blocks]
   const uint32_t* order = nullptr;   // [count] item stored at each position
-  const double* center = nullptr;    // [dim] subtracted from every row before coding
+  const double* center = nullptr;    // [centers, dim] one is subtracted from every row before coding
+  int64_t centers = 0;
+  const int32_t* cluster = nullptr;  // [blocks] which; nullptr: the first
+
+  // A second level, for tables whose scores lie closer together than 8 bits can tell.
+  int16_t* fine = nullptr;           // [count, dim] in stored order; nullptr: none
+  FineBound* fine_bounds = nullptr;  // [blocks]
+
+  // nullptr: nothing is subtracted.
+  const double* center_of(int64_t block, int64_t dim) const {
+    return center ? center + (cluster ? cluster[block] : 0) * dim : nullptr;
+  }
 };
 
 struct Index {
@@ -61,6 +78,7 @@ struct Answer {
   float* values;      // [count, k] descending; -inf where fewer than k items are left
   int64_t* indices;   // [count, k]; -1 where fewer than k items are left
   int64_t* rescored;  // [count] exact scores computed for each query
+  int64_t* refined = nullptr;  // [count] scores by 16-bit codes, if wanted
 };
 
 void search(const Index& index, const Request& request, const Answer& answer);

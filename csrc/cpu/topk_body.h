@@ -15,8 +15,8 @@
 // Rows scored together, to hide the latency of the additions.
 constexpr int kRowsAtOnce = 4;
 
-template <class T, int kRows>
-inline void score_rows(const T* const* x, int64_t dim, const double* query, float* out) {
+template <class T, int kRows, class Out>
+inline void score_rows(const T* const* x, int64_t dim, const double* query, Out* out) {
   Lanes sum[kRows];
   for (int r = 0; r < kRows; ++r) sum[r] = Lanes::zero();
   const int64_t whole = dim & ~int64_t(7);
@@ -32,12 +32,12 @@ inline void score_rows(const T* const* x, int64_t dim, const double* query, floa
       sum[r] = Lanes::fma(Lanes::widen(tail), q, sum[r]);
     }
   }
-  for (int r = 0; r < kRows; ++r) out[r] = float(sum[r].total());
+  for (int r = 0; r < kRows; ++r) out[r] = Out(sum[r].total());
 }
 
-template <class T>
+template <class T, class Out>
 void score_ids(const ItemRows& rows, const double* query, const uint32_t* ids, int64_t n,
-               float* out) {
+               Out* out) {
   const T* base = static_cast<const T*>(rows.data);
   constexpr int64_t kAhead = 8;  // rows fetched before they are needed: they lie anywhere
   const int64_t bytes = rows.dim * int64_t(sizeof(T));
@@ -61,6 +61,11 @@ void score_ids(const ItemRows& rows, const double* query, const uint32_t* ids, i
   }
 }
 
+void fine(const int16_t* codes, int64_t dim, const double* query, const uint32_t* positions,
+          int64_t n, double* out) {
+  score_ids<int16_t>({codes, 0, dim, dim, Dtype::f32}, query, positions, n, out);
+}
+
 void score(const ItemRows& rows, const double* query, const uint32_t* ids, int64_t n, float* out) {
   switch (rows.type) {
     case Dtype::f32: return score_ids<float>(rows, query, ids, n, out);
@@ -69,9 +74,9 @@ void score(const ItemRows& rows, const double* query, const uint32_t* ids, int64
   }
 }
 
-template <class T, int kQueries>
+template <class T, int kQueries, class Out>
 inline void direct_tile(const T* const* x, int64_t dim, const double* const* queries,
-                        float out[][kRowsAtOnce]) {
+                        Out out[][kRowsAtOnce]) {
   Lanes sum[kQueries][kRowsAtOnce];
   for (int q = 0; q < kQueries; ++q)
     for (int r = 0; r < kRowsAtOnce; ++r) sum[q][r] = Lanes::zero();
@@ -94,7 +99,7 @@ inline void direct_tile(const T* const* x, int64_t dim, const double* const* que
     }
   }
   for (int q = 0; q < kQueries; ++q)
-    for (int r = 0; r < kRowsAtOnce; ++r) out[q][r] = float(sum[q][r].total());
+    for (int r = 0; r < kRowsAtOnce; ++r) out[q][r] = Out(sum[q][r].total());
 }
 
 template <class T>
@@ -142,6 +147,27 @@ void direct(const ItemRows& rows, const uint32_t* order, const double* const* qu
   }
 }
 
+void products(const double* rows, int64_t count, int64_t dim, const double* const* queries,
+              int n_queries, double* out, int64_t stride) {
+  constexpr int kQueries = Lanes::kDirectQueries;
+  for (int64_t i = 0; i < count; i += kRowsAtOnce) {
+    const int n = int(count - i < kRowsAtOnce ? count - i : kRowsAtOnce);
+    const double* x[kRowsAtOnce];
+    for (int r = 0; r < kRowsAtOnce; ++r) x[r] = rows + (r < n ? i + r : i) * dim;
+    for (int q0 = 0; q0 < n_queries; q0 += kQueries) {
+      double found[kQueries][kRowsAtOnce];
+      const int nq = n_queries - q0 < kQueries ? n_queries - q0 : kQueries;
+      if (nq == kQueries) {
+        direct_tile<double, kQueries>(x, dim, queries + q0, found);
+      } else {
+        for (int q = 0; q < nq; ++q) direct_tile<double, 1>(x, dim, queries + q0 + q, found + q);
+      }
+      for (int q = 0; q < nq; ++q)
+        for (int r = 0; r < n; ++r) out[(i + r) * stride + q0 + q] = found[q][r];
+    }
+  }
+}
+
 inline void pack_once(const Table& table, Tile& tile) {
   if (tile.packed) return;
   Dots::pack(table, tile);
@@ -155,9 +181,11 @@ int64_t scan(const Table& table, Tile& tile, int64_t begin, int64_t end, HitBuff
   const typename Dots::Session session(table, tile);
   for (int64_t block = begin; block < end; ++block) {
     if (hits.capacity - hits.count < tile.count * kBlockRows) return block;
+    const double* shift = shifts_of(table, tile, block);
     uint64_t live = 0;
     for (int j = 0; j < tile.count; j += kSubtile)
-      live |= uint64_t(subtile_thresholds(table.bounds[block], tile, j, need + j)) << j / kSubtile;
+      live |= uint64_t(subtile_thresholds(table.bounds[block], tile, shift, j, need + j))
+              << j / kSubtile;
     if (!live) continue;
     uint64_t reached =
         session.reach(table.codes + block * table.quads * 4 * kBlockRows, live, need, dots);
@@ -178,11 +206,11 @@ int64_t scan(const Table& table, Tile& tile, int64_t begin, int64_t end, HitBuff
   return end;
 }
 
-inline void keep_best(const int32_t* __restrict dots, float offset, float scale, int32_t first,
-                      float* __restrict score, int32_t* __restrict dot,
+inline void keep_best(const int32_t* __restrict dots, float shift, float offset, float scale,
+                      int32_t first, float* __restrict score, int32_t* __restrict dot,
                       int32_t* __restrict position) {
   for (int r = 0; r < int(kBlockRows); ++r) {
-    const float value = (float(dots[r]) - offset) * scale;
+    const float value = shift + (float(dots[r]) - offset) * scale;
     const bool better = value > score[r];
     score[r] = better ? value : score[r];
     dot[r] = better ? dots[r] : dot[r];
@@ -199,15 +227,17 @@ void sample(const Table& table, Tile& tile, int64_t blocks, int64_t stride, int6
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t block = i * stride;
     session.block(table.codes + block * table.quads * 4 * kBlockRows, dots);
-    // Blocks have different scales, so lanes compare scaled scores. They are only a preference:
+    // Blocks have different scales and centers, so lanes compare whole scores. They are only a preference:
     // whoever uses the sample computes its bounds afresh.
     const float scale = 1.0f / table.bounds[block].inverse_scale;
+    const double* shift = shifts_of(table, tile, block);
     for (int j = 0; j < tile.count; ++j) {
       const int64_t lane = j * lanes + (i % sets) * kBlockRows;
-      keep_best(dots[j], float(tile.offset[j]), scale, int32_t(block * kBlockRows),
+      keep_best(dots[j], float(shift[j] * tile.inverse_scale[j]), float(tile.offset[j]), scale,
+                int32_t(block * kBlockRows),
                 best.score + lane, best.dot + lane, best.position + lane);
     }
   }
 }
 
-constexpr Kernels kKernels{Dots::tile, Dots::scratch_bytes, scan, sample, score, direct};
+constexpr Kernels kKernels{Dots::tile, Dots::scratch_bytes, scan, sample, products, fine, score, direct};

@@ -2,17 +2,26 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <vector>
 
 #include "cpu/topk_kernels.h"
+#include "cpu/topk_queries.h"
 
 namespace deeprec::topk {
+
+// fp32 neighbours that enclose a real number, rounding to nearest and subnormals included.
+inline float below(double x) { return float(x - std::fabs(x) * 0x1p-23 - 0x1p-149); }
+inline float above(double x) { return float(x + std::fabs(x) * 0x1p-23 + 0x1p-149); }
 
 struct Candidate {
   float lower, upper;  // equal once the score is exact
   uint32_t id;
+  uint32_t position;  // in stored order; kRefined once its 16-bit codes have been used
+
+  static constexpr uint32_t kRefined = ~uint32_t(0);
 
   bool exact() const { return lower == upper; }
 };
@@ -24,21 +33,57 @@ inline bool ranks_before(const Candidate& a, const Candidate& b) {
 
 inline bool likelier(const Candidate& a, const Candidate& b) { return a.lower > b.lower; }
 
-// Scores one query's rows exactly, a batch at a time.
+// Scores one query's rows better than the first codes do, a batch at a time.
 class Rescorer {
  public:
-  Rescorer(const Kernels& kernels, const ItemRows& rows, int64_t capacity)
-      : kernels_(kernels), rows_(rows) {
+  Rescorer(const Kernels& kernels, const Index& index, int64_t capacity)
+      : kernels_(kernels), index_(index) {
     ids_.reserve(size_t(capacity));
     scores_.resize(size_t(capacity));
+    if (index.filter.fine) products_.resize(size_t(capacity));
+  }
+
+  // Narrows the bounds of candidates [0, n) by their 16-bit codes, where there are any; returns of
+  // how many.
+  int64_t refine(Candidate* list, int64_t n, const CodedQuery& query) {
+    const Prefilter& filter = index_.filter;
+    if (!filter.fine) return 0;
+    ids_.clear();
+    for (int64_t i = 0; i < n; ++i)
+      if (!list[i].exact() && list[i].position != Candidate::kRefined)
+        ids_.push_back(list[i].position);
+    const int64_t dim = index_.rows.dim;
+    products_.resize(std::max(products_.size(), ids_.size()));
+    kernels_.fine(filter.fine, dim, query.rotated, ids_.data(), int64_t(ids_.size()),
+                  products_.data());
+    const double* product = products_.data();
+    const double* center = nullptr;
+    double shift = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      Candidate& c = list[i];
+      if (c.exact() || c.position == Candidate::kRefined) continue;
+      const int64_t block = c.position / kBlockRows;
+      if (const double* next = filter.center_of(block, dim); next != center) {
+        center = next;
+        kernels_.products(center, 1, dim, &query.exact, 1, &shift, 1);
+      }
+      const FineBound& bound = filter.fine_bounds[block];
+      const double unit = 1 / double(bound.inverse_scale);
+      const double middle = shift + *product++ * unit;
+      const double radius = query.length * bound.error * unit * (1 + 0x1p-40);
+      c.lower = std::max(c.lower, below(middle - radius));
+      c.upper = std::min(c.upper, above(middle + radius));
+      c.position = Candidate::kRefined;
+    }
+    return int64_t(ids_.size());
   }
 
   // Makes candidates [0, n) exact; returns how many were not.
-  int64_t resolve(Candidate* list, int64_t n, const double* query) {
+  int64_t resolve(Candidate* list, int64_t n, const CodedQuery& query) {
     ids_.clear();
     for (int64_t i = 0; i < n; ++i)
       if (!list[i].exact()) ids_.push_back(list[i].id);
-    kernels_.score(rows_, query, ids_.data(), int64_t(ids_.size()), scores_.data());
+    kernels_.score(index_.rows, query.exact, ids_.data(), int64_t(ids_.size()), scores_.data());
     const float* score = scores_.data();
     for (int64_t i = 0; i < n; ++i)
       if (!list[i].exact()) list[i].lower = list[i].upper = *score++;
@@ -56,9 +101,10 @@ class Rescorer {
 
  private:
   const Kernels& kernels_;
-  const ItemRows& rows_;
-  std::vector<uint32_t> ids_;
+  const Index& index_;
+  std::vector<uint32_t> ids_;  // or positions
   std::vector<float> scores_;
+  std::vector<double> products_;
 };
 
 inline int64_t drop_below(Candidate* list, int64_t n, float threshold) {
@@ -70,23 +116,32 @@ inline int64_t drop_below(Candidate* list, int64_t n, float threshold) {
 struct CandidateList {
   Candidate* items;
   int64_t count = 0;
-  int64_t rescored = 0;
+  int64_t rescored = 0, refined = 0;
   float threshold = -std::numeric_limits<float>::infinity();
 
   // Room for the k best, as many that the bounds cannot tell from them, and a batch to come: with
   // a smaller batch the bounds are compared before they say much, and twice as many are scored.
   static int64_t capacity(int64_t k) { return 8 * k + 96; }
 
-  // Called when full: bounds first, exact scores where the bounds leave too many.
-  void make_room(int64_t k, Rescorer& rescorer, const double* query) {
+  // Called when full: bounds first, finer ones and then exact scores where they leave too many.
+  void make_room(int64_t k, Rescorer& rescorer, const CodedQuery& query) {
     const int64_t full = count;
-    threshold = std::max(threshold, rescorer.kth_lower(items, count, k));
-    count = drop_below(items, count, threshold);
+    drop(k, rescorer);
     if (count <= full - full / 4) return;
+    if (const int64_t n = rescorer.refine(items, count, query)) {
+      refined += n;
+      drop(k, rescorer);
+      if (count <= full - full / 4) return;
+    }
     rescored += rescorer.resolve(items, count, query);
     std::nth_element(items, items + (k - 1), items + count, ranks_before);
     threshold = std::max(threshold, items[k - 1].lower);
     count = k;
+  }
+
+  void drop(int64_t k, Rescorer& rescorer) {
+    threshold = std::max(threshold, rescorer.kth_lower(items, count, k));
+    count = drop_below(items, count, threshold);
   }
 };
 

@@ -1,7 +1,7 @@
 // The 8-bit codes of an index, and why they lose nothing.
 //
-// A row x is centred, rotated and rounded: y = R(x - m), codes v = round(y * r) with one r a
-// block, decoded y' = v / r. A query q is rotated and rounded: z = Rq, codes u = round(z / s),
+// A row x is centred, rotated and rounded: y = R(x - m), codes v = round(y * r) with one m and one
+// r a block, decoded y' = v / r. A query q is rotated and rounded: z = Rq, codes u = round(z / s),
 // z' = s u. R is orthogonal, so over the reals q.x = q.m + z.y, and by Cauchy-Schwarz
 //
 //   |z.y - z'.y'| = |z'.(y - y') + (z - z').y| <= |z'| |y - y'| + |z - z'| |y|.             (1)
@@ -9,7 +9,7 @@
 // Everything is computed in fp64 (unit u = 2^-53), which adds, with p = D rounded up:
 //   - x - m: u (|x| + |m|); R: 2 (log2 p + 1) roundings, each u relative to the norm; the same
 //     for z. Both change z.y by at most (4 log2 p + 6) u |q| (|x| + |m|);
-//   - q.m, summed in order: D u |q| |m|;
+//   - q.m, summed in any order: D u |q| |m|;
 //   - the score itself, eight lanes: (D / 8 + 4) u |q| |x|.
 // Together less than (2 D + 64) u |q| (|x| + |m|), doubled below for second-order terms. Since
 // |z'| >= 127 s and |z - z'| <= s sqrt(D) / 2, |q| <= |z'| (1 + sqrt(D) / 254) up to rounding, so
@@ -23,7 +23,13 @@
 //
 // In units of s / r, z'.y' is the integer u.v and (2) reads
 //   d = u.v,  radius = (|z'| / s) (r error) + (|z - z'| / s) (r norm).
-// BlockBound keeps r error and r norm; the query side keeps the other two factors. A row can only
+// BlockBound keeps r error and r norm; the query side keeps the other two factors.
+//
+// Rows that this leaves may have a second code, w = round(y * t) of 16 bits with y'' = w / t, which
+// meets the query as it is: |z.y - z.y''| <= |z| |y - y''|. z.w is computed in fp64, so that to the
+// list above comes (D / 8 + 4) u |q| (|x| + |m|), for which the first line leaves room. FineBound
+// keeps t error, with error = max |y - y''| + slack(D) max(|x| + |m|). t is 258 r, so what both
+// levels leave is hundreds of times closer than what the first does. A row can only
 // be among the best if its score, rounded to fp32, is at least the running k-th best T, an fp32
 // number; topk.cpp lowers T by more than half a unit in its last place before the comparison.
 #include <algorithm>
@@ -68,7 +74,6 @@ class BlockEncoder {
   BlockEncoder(const ItemRows& rows, const Prefilter& filter)
       : rows_(rows), filter_(filter), shape_(code_shape(rows.dim)),
         slack_((double(rows.dim) + 32) * 0x1p-51 * (1 + std::sqrt(double(rows.dim)) / 254)),
-        center_norm_(filter.center ? norm_of(filter.center, rows.dim) : 0),
         vectors_(size_t(kBlockRows * rows.dim)) {}
 
   void encode(int64_t block) {
@@ -76,6 +81,8 @@ class BlockEncoder {
     std::memset(codes, 128, size_t(shape_.quads * kBlockRows * 4));
     const int64_t first = block * kBlockRows;
     const int64_t n = std::min(kBlockRows, rows_.count - first);
+    const double* center = filter_.center_of(block, rows_.dim);
+    const double center_norm = center ? norm_of(center, rows_.dim) : 0;
     double peak = kSmallestPeak, norm = 0, size = 0;
     for (int64_t r = 0; r < n; ++r) {
       double* y = &vectors_[size_t(r * rows_.dim)];
@@ -84,12 +91,12 @@ class BlockEncoder {
       for (int64_t d = 0; d < rows_.dim; ++d) {
         const double x = element(rows_, row, d);
         squares += x * x;
-        y[d] = filter_.center ? x - filter_.center[d] : x;
+        y[d] = center ? x - center[d] : x;
       }
       rotate(y, rows_.dim);
       for (int64_t d = 0; d < rows_.dim; ++d) peak = std::max(peak, std::fabs(y[d]));
       norm = std::max(norm, norm_of(y, rows_.dim));
-      size = std::max(size, std::sqrt(squares) + center_norm_);
+      size = std::max(size, std::sqrt(squares) + center_norm);
     }
     // The fp32 number itself is the scale; at most 127 after rounding because it is rounded down.
     const float inverse_scale = std::nextafterf(float(127.0 / peak), 0.0f);
@@ -104,6 +111,7 @@ class BlockEncoder {
       }
       error = std::max(error, std::sqrt(squares));
     }
+    if (filter_.fine) encode_fine(block, n, peak, size);
     BlockBound& bound = filter_.bounds[block];
     bound.inverse_scale = inverse_scale;
     // The error is measured in units of the scale already; 1e-9 covers y * r being rounded.
@@ -112,10 +120,30 @@ class BlockEncoder {
   }
 
  private:
+  // Of the rows that encode() has just centred and rotated.
+  void encode_fine(int64_t block, int64_t n, double peak, double size) {
+    const float inverse_scale = std::nextafterf(float(32767.0 / peak), 0.0f);
+    double error = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const double* y = &vectors_[size_t(i * rows_.dim)];
+      int16_t* codes = filter_.fine + (block * kBlockRows + i) * rows_.dim;
+      double squares = 0;
+      for (int64_t d = 0; d < rows_.dim; ++d) {
+        const double scaled = y[d] * double(inverse_scale), code = std::nearbyint(scaled);
+        codes[d] = int16_t(code);
+        squares += (scaled - code) * (scaled - code);
+      }
+      error = std::max(error, std::sqrt(squares));
+    }
+    // As below; y * t is 258 times larger.
+    filter_.fine_bounds[block] = {
+        inverse_scale, float((error + 1e-6 + slack_ * size * inverse_scale) * kRoundUp)};
+  }
+
   ItemRows rows_;
   Prefilter filter_;
   CodeShape shape_;
-  double slack_, center_norm_;
+  double slack_;
   std::vector<double> vectors_;
 };
 

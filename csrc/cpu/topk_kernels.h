@@ -24,19 +24,23 @@ struct Hit {
 
 // Queries as the scan sees them. With unsigned row codes the scan's dots are too large by
 // offset = 128 * sum(query codes); a row whose dot is d in block b stays a candidate if
-//   d - offset >= threshold * inverse_scale_b - norm * error_b - error * norm_b,
-// everything in units of the query's scale (the proof is in topk_encode.cpp). No row of the block
-// can be one if norm * (norm_b + error_b) is less than the right-hand side, because
-// |u.v| <= |u| |v|. kRounding covers the rounding of these lines: terms beyond 2^40 saturate the
-// integer, smaller ones are good to 2^-13 each; NaN counts as a candidate.
-constexpr double kRounding = 0.001;
+//   d - offset >= (threshold - shift_b) * inverse_scale * inverse_scale_b - norm * error_b
+//                 - error * norm_b,
+// where shift_b is the query's product with the center of the block's rows (the proof is in
+// topk_encode.cpp). No row of the block can be one if norm * (norm_b + error_b) is less than the
+// right-hand side, because |u.v| <= |u| |v|. kRounding covers the rounding of these lines: terms
+// beyond 2^40 saturate the integer, smaller ones are good to 2^-13 each; NaN counts as a candidate.
+constexpr double kRounding = 0.002;
 
 struct Tile {
   int count;       // queries in use; the fields below are defined up to a whole subtile
   int8_t* codes;   // [kMaxTile, quads * 4]; zero beyond count
   void* scratch;   // the kernels' own form of the codes: scratch_bytes(quads)
   bool packed;     // scratch is filled
+  double* shift;   // [centers, shift_stride] products with every center; on a cache line
+  int64_t shift_stride;
   alignas(64) double threshold[kMaxTile];
+  alignas(64) double inverse_scale[kMaxTile];  // of the query's codes; the next three are in it
   alignas(64) double norm[kMaxTile];
   alignas(64) double error[kMaxTile];
   alignas(64) double offset[kMaxTile];
@@ -49,9 +53,14 @@ static inline uint64_t all_queries(const Tile& tile) {
 struct Table {
   const uint8_t* codes;
   const BlockBound* bounds;
+  const int32_t* cluster;  // nullptr: all blocks have the first center
   int64_t quads;
   int64_t steps;
 };
+
+static inline const double* shifts_of(const Table& table, const Tile& tile, int64_t block) {
+  return tile.shift + (table.cluster ? table.cluster[block] : 0) * tile.shift_stride;
+}
 
 struct HitBuffer {
   Hit* hits;
@@ -75,6 +84,13 @@ struct Kernels {
   // row of each: entry [query * lanes + lane]. Scores must come filled with -inf.
   void (*sample)(const Table&, Tile&, int64_t blocks, int64_t stride, int64_t lanes,
                  const Sample& best);
+  // Products of `count` rows of fp64 numbers with `queries`, widened and zero-padded to 8:
+  // out[row * stride + query].
+  void (*products)(const double* rows, int64_t count, int64_t dim, const double* const* queries,
+                   int n_queries, double* out, int64_t stride);
+  // Dot products of 16-bit codes at `positions` with a query like that.
+  void (*fine)(const int16_t* codes, int64_t dim, const double* query, const uint32_t* positions,
+               int64_t n, double* out);
   // Exact scores of rows `ids` against a query widened to fp64 and zero-padded to 8.
   void (*score)(const ItemRows&, const double* query, const uint32_t* ids, int64_t n, float* out);
   // Exact scores of positions [begin, end) against `count` queries; appends those that reach

@@ -10,6 +10,13 @@ struct Lanes {
             _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1))};
   }
   static Lanes widen(const float* p) { return of_floats(_mm256_loadu_ps(p)); }
+  static Lanes widen(const double* p) { return load(p); }
+  static Lanes widen(const int16_t* p) {
+    const __m256i x =
+        _mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return {_mm256_cvtepi32_pd(_mm256_castsi256_si128(x)),
+            _mm256_cvtepi32_pd(_mm256_extracti128_si256(x, 1))};
+  }
   static Lanes widen(const Bf16* p) {
     const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return of_floats(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)));
@@ -40,14 +47,16 @@ inline uint32_t reach(const int32_t* dots, int32_t need) {
          reach8(dots + 24, least) << 24;
 }
 
-inline bool subtile_thresholds(const BlockBound& bound, const Tile& tile, int first,
-                               int32_t* need) {
+inline bool subtile_thresholds(const BlockBound& bound, const Tile& tile, const double* shift,
+                               int first, int32_t* need) {
   const __m256d scale = _mm256_set1_pd(bound.inverse_scale), error_b = _mm256_set1_pd(bound.error),
                 norm_b = _mm256_set1_pd(bound.norm), rounding = _mm256_set1_pd(kRounding);
   int unreachable = 0xf;
   for (int j = first; j < first + kSubtile; j += 4) {
     const __m256d norm = _mm256_load_pd(tile.norm + j), error = _mm256_load_pd(tile.error + j);
-    __m256d t = _mm256_fmsub_pd(_mm256_load_pd(tile.threshold + j), scale, rounding);
+    __m256d t = _mm256_sub_pd(_mm256_load_pd(tile.threshold + j), _mm256_load_pd(shift + j));
+    t = _mm256_mul_pd(t, _mm256_load_pd(tile.inverse_scale + j));
+    t = _mm256_fmsub_pd(t, scale, rounding);
     t = _mm256_fnmadd_pd(norm, error_b, t);
     t = _mm256_fnmadd_pd(error, norm_b, t);
     unreachable &= _mm256_movemask_pd(

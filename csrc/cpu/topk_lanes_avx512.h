@@ -5,6 +5,11 @@ struct Lanes {
 
   static Lanes zero() { return {_mm512_setzero_pd()}; }
   static Lanes load(const double* p) { return {_mm512_loadu_pd(p)}; }
+  static Lanes widen(const double* p) { return load(p); }
+  static Lanes widen(const int16_t* p) {
+    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm512_cvtepi32_pd(_mm256_cvtepi16_epi32(x))};
+  }
   static Lanes widen(const float* p) { return {_mm512_cvtps_pd(_mm256_loadu_ps(p))}; }
   static Lanes widen(const Bf16* p) {
     const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -31,11 +36,14 @@ inline uint32_t reach(const int32_t* dots, int32_t need) {
          uint32_t(_mm512_cmpge_epi32_mask(_mm512_load_si512(dots + 16), least)) << 16;
 }
 
-inline bool subtile_thresholds(const BlockBound& bound, const Tile& tile, int j, int32_t* need) {
+inline bool subtile_thresholds(const BlockBound& bound, const Tile& tile, const double* shift, int j,
+                               int32_t* need) {
   const __m512d scale = _mm512_set1_pd(bound.inverse_scale), error_b = _mm512_set1_pd(bound.error),
                 norm_b = _mm512_set1_pd(bound.norm), rounding = _mm512_set1_pd(kRounding);
   const __m512d norm = _mm512_load_pd(tile.norm + j), error = _mm512_load_pd(tile.error + j);
-  __m512d t = _mm512_fmsub_pd(_mm512_load_pd(tile.threshold + j), scale, rounding);
+  __m512d t = _mm512_sub_pd(_mm512_load_pd(tile.threshold + j), _mm512_load_pd(shift + j));
+  t = _mm512_mul_pd(t, _mm512_load_pd(tile.inverse_scale + j));
+  t = _mm512_fmsub_pd(t, scale, rounding);
   t = _mm512_fnmadd_pd(norm, error_b, t);
   t = _mm512_fnmadd_pd(error, norm_b, t);
   const __mmask8 unreachable =

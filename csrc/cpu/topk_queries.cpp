@@ -21,7 +21,8 @@ uint64_t hash_bit(uint32_t id, int64_t words) {
 Queries::Queries(const Index& index, const Request& request)
     : index_(index), request_(request), padded_((index.rows.dim + 7) / 8 * 8),
       code_bytes_(index.filter.codes ? code_shape(index.rows.dim).quads * 4 : 0),
-      exact_(size_t(request.count * padded_)), codes_(size_t(request.count * code_bytes_)),
+      exact_(size_t(request.count * padded_)),
+      rotated_(index.filter.fine ? exact_.size() : 0), codes_(size_t(request.count * code_bytes_)),
       coded_(size_t(request.count)), finite_(size_t(request.count)),
       filter_offset_(size_t(request.count) + 1) {
   if (!request.exclude.offsets) return;
@@ -61,10 +62,16 @@ void Queries::code(int64_t query) {
   CodedQuery& coded = coded_[size_t(query)];
   int8_t* codes = &codes_[size_t(query * code_bytes_)];
   std::vector<double> z(coded.exact, coded.exact + dim);
-  coded.shift = 0;
-  if (index_.filter.center)
-    for (int64_t d = 0; d < dim; ++d) coded.shift += z[size_t(d)] * index_.filter.center[d];
   rotate(z.data(), dim);
+  coded.rotated = nullptr;
+  if (!rotated_.empty()) {
+    double* kept = &rotated_[size_t(query * padded_)];
+    std::copy(z.begin(), z.end(), kept);
+    coded.rotated = kept;
+    double length = 0;
+    for (double x : z) length += x * x;
+    coded.length = std::sqrt(length) * kRoundUp;
+  }
   double peak = 0;
   for (double x : z) peak = std::max(peak, std::fabs(x));
   coded.scale = peak > 0 ? peak / 127 : 1.0;

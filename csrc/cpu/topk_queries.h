@@ -16,7 +16,8 @@ struct CodedQuery {
   double scale;         // s: codes * s approximate the rotated query
   double norm, error;   // |z'| / s and |z - z'| / s
   double offset;        // 128 * sum(codes)
-  double shift;         // q . center
+  const double* rotated;  // z, padded like exact; nullptr without 16-bit codes
+  double length;          // >= |z|
 };
 
 class Queries {
@@ -34,7 +35,7 @@ class Queries {
   const Index& index_;
   const Request& request_;
   int64_t padded_, code_bytes_;
-  std::vector<double> exact_;
+  std::vector<double> exact_, rotated_;
   std::vector<int8_t> codes_;
   std::vector<CodedQuery> coded_;
   std::vector<uint8_t> finite_;

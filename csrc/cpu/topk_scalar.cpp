@@ -15,6 +15,12 @@ struct Lanes {
     for (int j = 0; j < 8; ++j) x.v[j] = p[j];
     return x;
   }
+  static Lanes widen(const double* p) { return load(p); }
+  static Lanes widen(const int16_t* p) {
+    Lanes x;
+    for (int j = 0; j < 8; ++j) x.v[j] = p[j];
+    return x;
+  }
   template <class T>
   static Lanes widen(const T* p) {
     Lanes x;
@@ -69,13 +75,13 @@ inline uint32_t reach(const int32_t* dots, int32_t need) {
   return mask;
 }
 
-inline bool subtile_thresholds(const BlockBound& bound, const Tile& tile, int first,
-                               int32_t* need) {
+inline bool subtile_thresholds(const BlockBound& bound, const Tile& tile, const double* shift,
+                               int first, int32_t* need) {
   const double scale = bound.inverse_scale, error_b = bound.error, norm_b = bound.norm;
   bool reachable = false;
   for (int j = first; j < first + kSubtile; ++j) {
-    const double t = tile.threshold[j] * scale - tile.norm[j] * error_b -
-                     tile.error[j] * norm_b - kRounding;
+    const double t = (tile.threshold[j] - shift[j]) * tile.inverse_scale[j] * scale -
+                     tile.norm[j] * error_b - tile.error[j] * norm_b - kRounding;
     reachable |= !(tile.norm[j] * (norm_b + error_b) < t);
     const double dot = t + tile.offset[j];
     // Towards zero: at most the ceiling.

@@ -31,10 +31,6 @@ constexpr int64_t kRangeUsers = 64, kRangeItems = 2048;
 // Normalising fewer floats than this takes less time than waking a second thread.
 constexpr int64_t kParallelFloats = 1 << 16;
 
-// Adapting a preference, from so many weights on, pays for waking a second thread: the adaptor of
-// the paper's model is 400,000 numbers, the half of what one user's vector reads.
-constexpr int64_t kParallelWeights = 1 << 17;
-
 // A child of fork() has none of its parent's OpenMP threads and would wait for them forever.
 bool g_forked = false;
 const int g_at_fork = pthread_atfork(nullptr, nullptr, [] { g_forked = true; });
@@ -144,40 +140,6 @@ std::vector<int64_t> split(const Request& r, int threads) {
   return bounds;
 }
 
-// What one thread does for a range of users: states, then the preference on top.
-struct RangeWork {
-  const Model& m;
-  const Request& r;
-  const Kernels& k;
-  float *states, *adapted;  // [count, m.width]
-
-  void encode(int64_t first, int64_t last, float* memory) const {
-    float* rows = states + first * m.width;
-    if (r.states) {
-      for (int64_t b = first; b < last; ++b) {
-        float* row = states + b * m.width;
-        std::memcpy(row, r.states + b * m.hidden, size_t(m.hidden) * 4);
-        std::fill(row + m.hidden, row + m.width, 0.f);
-      }
-    } else {
-      k.history(m, r, first, last, rows, memory);
-    }
-    for (int64_t b = first; r.states_out && b < last; ++b)
-      std::memcpy(r.states_out + b * m.hidden, states + b * m.width, size_t(m.hidden) * 4);
-  }
-
-  void adapt(int64_t first, int64_t last, int64_t from, int64_t to, float* memory) const {
-    if (r.preference) k.preference(m, r, first, last, from, to, adapted + first * m.width, memory);
-  }
-
-  void finish(int64_t first, int64_t last, float* memory) const {
-    k.finish(m, last - first, r.preference ? adapted + first * m.width : nullptr,
-             states + first * m.width, memory);
-    for (int64_t b = first; r.users && b < last; ++b)
-      std::memcpy(r.users + b * m.hidden, states + b * m.width, size_t(m.hidden) * 4);
-  }
-};
-
 // User vectors [count, m.width]; lives in memory that the next call of this thread overwrites.
 const float* user_rows(const Model& m, const Request& r) {
   thread_local Memory states_memory, scratch_memory;
@@ -186,13 +148,7 @@ const float* user_rows(const Model& m, const Request& r) {
   const Kernels& k = kernels();
   const std::vector<int64_t> bounds = split(r, threads);
   const int64_t ranges = int64_t(bounds.size()) - 1;
-  // A user alone: the history on one thread while the others adapt the preference, by panels.
-  const int64_t panels = m.width / kPanel;
-  const bool shared = ranges == 1 && threads > 1 && r.preference &&
-                      m.adaptor.in * m.n_experts * m.width >= kParallelWeights;
-  const int64_t parts = shared ? std::min<int64_t>(threads, panels) : 1;
-  const int64_t tasks = shared ? parts + 1 : ranges;
-  const int workers = int(std::min<int64_t>(threads, tasks));
+  const int workers = int(std::min<int64_t>(threads, ranges));
   int64_t scratch = 0;
   for (int64_t i = 0; i < ranges; ++i) {
     int64_t tokens = 0;
@@ -200,30 +156,31 @@ const float* user_rows(const Model& m, const Request& r) {
     const int64_t users = bounds[i + 1] - bounds[i];
     scratch = std::max(scratch, k.scratch(m, users, std::max(tokens, users)));
   }
-  float* states = states_memory.floats(2 * r.count * m.width);
+  float* states = states_memory.floats(r.count * m.width);
   float* memory = scratch_memory.floats(scratch * workers);
-  const RangeWork work{m, r, k, states, states + r.count * m.width};
 #pragma omp parallel num_threads(workers) if (workers > 1)
   {
     const DefaultFloatEnv env;
     float* mine = memory + scratch * omp_get_thread_num();
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < tasks; ++i) {
-      if (shared) {
-        if (i == 0) work.encode(0, r.count, mine);
-        else work.adapt(0, r.count, (i - 1) * panels / parts * kPanel, i * panels / parts * kPanel,
-                        mine);
-        continue;
-      }
+    for (int64_t i = 0; i < ranges; ++i) {
       const int64_t first = bounds[i], last = bounds[i + 1];
-      work.encode(first, last, mine);
-      work.adapt(first, last, 0, m.width, mine);
-      work.finish(first, last, mine);
+      float* rows = states + first * m.width;
+      if (r.states) {
+        for (int64_t b = first; b < last; ++b) {
+          float* row = states + b * m.width;
+          std::memcpy(row, r.states + b * m.hidden, size_t(m.hidden) * 4);
+          std::fill(row + m.hidden, row + m.width, 0.f);
+        }
+      } else {
+        k.history(m, r, first, last, rows, mine);
+      }
+      for (int64_t b = first; r.states_out && b < last; ++b)
+        std::memcpy(r.states_out + b * m.hidden, states + b * m.width, size_t(m.hidden) * 4);
+      k.preference(m, r, first, last, rows, mine);
+      for (int64_t b = first; r.users && b < last; ++b)
+        std::memcpy(r.users + b * m.hidden, states + b * m.width, size_t(m.hidden) * 4);
     }
-  }
-  if (shared) {
-    const DefaultFloatEnv env;
-    work.finish(0, r.count, memory);
   }
   check_users(m, r, states, m.width);
   return states;

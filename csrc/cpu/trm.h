@@ -100,12 +100,9 @@ struct Kernels {
   // The states of users [first, last): [last - first, width] into `states`.
   void (*history)(const Model&, const Request&, int64_t first, int64_t last, float* states,
                   float* scratch);
-  // The preferences of users [first, last) through the adaptor: columns [from, to), whole panels,
-  // of [last - first, width] in `adapted`.
-  void (*preference)(const Model&, const Request&, int64_t first, int64_t last, int64_t from,
-                     int64_t to, float* adapted, float* scratch);
-  // User vectors of `users` rows, in place: LayerNorm(states + adapted), the latter perhaps null.
-  void (*finish)(const Model&, int64_t users, const float* adapted, float* states, float* scratch);
+  // Adds the preferences of users [first, last) to `states` and normalises: user vectors.
+  void (*preference)(const Model&, const Request&, int64_t first, int64_t last, float* states,
+                     float* scratch);
 };
 
 }  // namespace deeprec::trm

@@ -436,48 +436,40 @@ void history_states(const Model& m, const Request& request, int64_t first, int64
       store(states + u * m.width + i, load(s.last + u * stride + i));
 }
 
-// Σ_e gate_e W_e text, the mixture of experts, of some columns of H.
-void adapt_preference(const Model& m, const Request& request, int64_t first, int64_t last,
-                      int64_t from, int64_t to, float* adapted, float* memory) {
+// states += Σ_e gate_e W_e text, the mixture of experts, then LayerNorm.
+void add_preference(const Model& m, const Request& request, int64_t first, int64_t last,
+                    float* states, float* memory) {
   const int64_t users = last - first;
   Scratch s(m, users, users, memory);
-  const int64_t text = Scratch::row(m.adaptor.in), experts = Scratch::row(padded(m.n_experts));
-  for (int64_t u = 0; u < users; ++u) {
-    const float* row = request.preference + (first + u) * m.text_dim;
-    for (int64_t i = 0; i < m.adaptor.in; ++i)
-      s.text_rows[u * text + i] = i < m.text_dim ? row[i] : 0.f;
-  }
-  linear(s.text_rows, text, users, m.adaptor_gate, s.packed, s.gate, experts);
-  for (int64_t u = 0; u < users; ++u) {
-    float* gate = s.gate + u * experts;
-    for (int64_t e = m.n_experts; e < padded(m.n_experts); ++e) gate[e] = -1e30f;
-    softmax(gate, padded(m.n_experts));
-  }
-  pack_rows(s.text_rows, text, users, m.adaptor.in, m.half, s.packed);
-  for (int64_t column = from; column < to; column += kPanel)
-    for (int64_t e = 0; e < m.n_experts; ++e)
-      linear_panel(s.packed, users, m.adaptor, (e * m.width + column) / kPanel, s.mixed, kPanel,
-                   [&](int64_t row, int64_t count) {
-                     for (int64_t u = row; u < row + count; ++u) {
-                       const Vec gate = set1(s.gate[u * experts + e]);
-                       float* out = adapted + u * m.width + column;
-                       for (int64_t i = 0; i < kPanel; i += Vec::width) {
-                         const Vec before = e ? load(out + i) : set1(0.f);
-                         store(out + i, fma(gate, load(s.mixed + u * kPanel + i), before));
-                       }
-                     }
-                   });
-}
-
-void finish_users(const Model& m, int64_t users, const float* adapted, float* states,
-                  float* memory) {
-  Scratch s(m, users, users, memory);
   set_valid(m, s);
-  for (int64_t u = 0; u < users; ++u) {
-    float* row = states + u * m.width;
-    if (adapted) add(row, adapted + u * m.width, m.width);
-    layer_norm(m, row, m.output_norm, s.valid, row);
+  if (request.preference) {
+    const int64_t text = Scratch::row(m.adaptor.in), experts = Scratch::row(padded(m.n_experts));
+    for (int64_t u = 0; u < users; ++u) {
+      const float* from = request.preference + (first + u) * m.text_dim;
+      for (int64_t i = 0; i < m.adaptor.in; ++i)
+        s.text_rows[u * text + i] = i < m.text_dim ? from[i] : 0.f;
+    }
+    linear(s.text_rows, text, users, m.adaptor_gate, s.packed, s.gate, experts);
+    for (int64_t u = 0; u < users; ++u) {
+      float* gate = s.gate + u * experts;
+      for (int64_t e = m.n_experts; e < padded(m.n_experts); ++e) gate[e] = -1e30f;
+      softmax(gate, padded(m.n_experts));
+    }
+    pack_rows(s.text_rows, text, users, m.adaptor.in, m.half, s.packed);
+    for (int64_t column = 0; column < m.width; column += kPanel)
+      for (int64_t e = 0; e < m.n_experts; ++e)
+        linear_panel(s.packed, users, m.adaptor, (e * m.width + column) / kPanel, s.mixed, kPanel,
+                     [&](int64_t row, int64_t count) {
+                       for (int64_t u = row; u < row + count; ++u) {
+                         const Vec gate = set1(s.gate[u * experts + e]);
+                         float* out = states + u * m.width + column;
+                         for (int64_t i = 0; i < kPanel; i += Vec::width)
+                           store(out + i, fma(gate, load(s.mixed + u * kPanel + i), load(out + i)));
+                       }
+                     });
   }
+  for (int64_t u = 0; u < users; ++u)
+    layer_norm(m, states + u * m.width, m.output_norm, s.valid, states + u * m.width);
 }
 
 }  // namespace

@@ -1,6 +1,5 @@
 #include "cpu/trm_body.h"
 
 namespace deeprec::trm {
-extern const Kernels kKernels_scalar{&scratch_floats, &history_states, &adapt_preference,
-                                   &finish_users};
+extern const Kernels kKernels_scalar{&scratch_floats, &history_states, &add_preference};
 }  // namespace deeprec::trm

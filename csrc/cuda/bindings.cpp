@@ -35,7 +35,7 @@ void bind_topk(py::module_& m) {
   m.def(
       "topk_search",
       [](const TopkRequest& request, std::tuple<uintptr_t, uintptr_t, uintptr_t> answer,
-         std::pair<uintptr_t, int64_t> workspace, uintptr_t stream) {
+         const PyWorkspace& workspace, uintptr_t stream) {
         topk_search(request,
                     {pointer<float>(std::get<0>(answer)), pointer<int64_t>(std::get<1>(answer)),
                      pointer<int64_t>(std::get<2>(answer))},

@@ -85,20 +85,23 @@ void bind_linear(py::module_& m) {
   m.def(
       "linear_logprobs",
       [](const LinearProblem& p, const Pair& order, uintptr_t values, uintptr_t entropy,
-         uintptr_t states, uintptr_t workspace, uintptr_t stream) {
+         uintptr_t states, const PyWorkspace& workspace, uintptr_t stream) {
+        const OrderedProblem problem = ordered(p, order);
         linear_logprobs(
-            ordered(p, order),
+            problem,
             {pointer<float>(values), pointer<float>(entropy), pointer<SoftmaxState>(states)},
-            pointer<void>(workspace), pointer<void>(stream));
+            checked(workspace, linear_forward_workspace(problem)), pointer<void>(stream));
       },
       py::arg("problem"), py::kw_only(), py::arg("order"), py::arg("values"), py::arg("entropy"),
       py::arg("states"), py::arg("workspace"), py::arg("stream"),
       py::call_guard<py::gil_scoped_release>());
   m.def(
       "linear_logprobs_backward",
-      [](const LinearProblem& p, const OrderedBackward& io, const Pair& order, uintptr_t workspace,
-         uintptr_t stream) {
-        linear_logprobs_backward(ordered(p, order), io, pointer<void>(workspace),
+      [](const LinearProblem& p, const OrderedBackward& io, const Pair& order,
+         const PyWorkspace& workspace, uintptr_t stream) {
+        const OrderedProblem problem = ordered(p, order);
+        linear_logprobs_backward(problem, io,
+                                 checked(workspace, linear_backward_workspace(problem, io)),
                                  pointer<void>(stream));
       },
       py::arg("problem"), py::arg("io"), py::kw_only(), py::arg("order"), py::arg("workspace"),

@@ -73,21 +73,24 @@ void bind_trm(py::module_& m) {
       "trm_encode",
       [](const Model& model, std::pair<int64_t, int64_t> shape,
          std::tuple<uintptr_t, uintptr_t, uintptr_t> histories, uintptr_t states,
-         uintptr_t workspace, uintptr_t stream) {
+         const PyWorkspace& workspace, uintptr_t stream) {
         trm::encode(model,
                     {shape.first, shape.second, pointer<int64_t>(std::get<0>(histories)),
                      pointer<int64_t>(std::get<1>(histories)),
                      pointer<int64_t>(std::get<2>(histories))},
-                    pointer<float>(states), pointer<void>(workspace), pointer<void>(stream));
+                    pointer<float>(states),
+                    checked(workspace, trm::encode_workspace(model, shape.first, shape.second)),
+                    pointer<void>(stream));
       },
       py::arg("model"), py::kw_only(), py::arg("shape"), py::arg("histories"), py::arg("states"),
       py::arg("workspace"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
   m.def(
       "trm_fuse",
       [](const Model& model, int64_t count, uintptr_t states, uintptr_t preference,
-         uintptr_t users, uintptr_t workspace, uintptr_t stream) {
+         uintptr_t users, const PyWorkspace& workspace, uintptr_t stream) {
         trm::fuse(model, count, pointer<float>(states), pointer<float>(preference),
-                  pointer<float>(users), pointer<void>(workspace), pointer<void>(stream));
+                  pointer<float>(users), checked(workspace, trm::fuse_workspace(model, count)),
+                  pointer<void>(stream));
       },
       py::arg("model"), py::kw_only(), py::arg("count"), py::arg("states"), py::arg("preference"),
       py::arg("users"), py::arg("workspace"), py::arg("stream"),

@@ -1,6 +1,7 @@
 """The compiled extension. Tensors cross as addresses (``Tensor.data_ptr()``, 0 for none)."""
 
 from types import ModuleType
+from typing import overload
 
 cuda: ModuleType  # the CUDA kernels (csrc/cuda/bindings.cpp), in a build that has them
 
@@ -67,7 +68,20 @@ class ItemRows:
     def __init__(self, data: int, count: int, dim: int, stride: int, dtype: str) -> None: ...
 
 class Prefilter:
-    def __init__(self, codes: int, bounds: int, order: int, center: int) -> None: ...
+    @overload
+    def __init__(self) -> None: ...
+    @overload
+    def __init__(
+        self,
+        codes: int,
+        bounds: int,
+        order: int,
+        center: int,
+        centers: int,
+        cluster: int,
+        fine: int,
+        fine_bounds: int,
+    ) -> None: ...
 
 def advise_huge_pages(data: int, bytes: int) -> None: ...
 def topk_code_shape(count: int, dim: int) -> tuple[int, int, int]: ...
@@ -83,7 +97,7 @@ def topk_search(
     count: int,
     k: int,
     exclude: tuple[int, int],
-    answer: tuple[int, int, int],
+    answer: tuple[int, int, int, int],
     threads: int,
 ) -> None: ...
 

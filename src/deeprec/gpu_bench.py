@@ -6,6 +6,7 @@ Peers that are not installed are left out, and named.
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from deeprec import backends
 from deeprec.ops import ItemIndex, SeenItems, gather_logprobs, linear_logprobs, topk_retrieve
+from deeprec.trm import PreferenceAwareTRM, TRMConfig
 
 __all__ = ["NoDevice", "Report", "run"]
 
@@ -70,7 +72,8 @@ def run(device: str = "cuda", *, check_only: bool = False) -> Report:
             f"{properties.name}, {properties.multi_processor_count} multiprocessors, "
             f"torch {torch.__version__}"
         )
-        for case in (_topk(1), _topk(64), _topk(512), _gather(), _linear(False), _linear(True)):
+        cases = (_topk(1), _topk(64), _topk(512), _gather(), _linear(False), _linear(True))
+        for case in (*cases, _trm(1), _trm(512)):
             _run_case(case, report, check_only)
     return report
 
@@ -276,3 +279,57 @@ def _linear(backward: bool, rows: int = 2048, width: int = 576, vocabulary: int 
     what = "forward + backward" if backward else "forward"
     return Case(f"linear_logprobs {what}, {rows} x {width} x {vocabulary:,} bfloat16", check, ours,
                 peers, "linear_logprobs")  # fmt: skip
+
+
+# ---- the TRM ----
+
+
+def _trm(batch: int, items: int = 25_612, text_dim: int = 384, k: int = 20) -> Case:
+    def problem(
+        users: int, config: TRMConfig
+    ) -> tuple[PreferenceAwareTRM, tuple[Tensor, Tensor, Tensor]]:
+        torch.manual_seed(0)
+        texts = torch.randn(config.n_items, config.text_dim)
+        model = PreferenceAwareTRM(config, texts).eval()
+        width = config.max_length
+        lengths = torch.randint(1, width + 1, (users,))
+        history = torch.randint(1, config.n_items + 1, (users, width))
+        history *= torch.arange(width) < lengths[:, None]
+        return model, (history, lengths, torch.randn(users, config.text_dim))
+
+    @torch.no_grad()
+    def eager(
+        model: PreferenceAwareTRM, history: Tensor, lengths: Tensor, preference: Tensor
+    ) -> Tensor:
+        return model.with_preference(model.history_states(history, lengths), preference)
+
+    def check(backend: str) -> str | None:
+        for config in (
+            TRMConfig(n_items=300, text_dim=40, hidden=66, inner=90, n_experts=5, max_length=13),
+            TRMConfig(n_items=300, text_dim=text_dim),
+        ):
+            model, asked = problem(37, config)
+            exact = eager(copy.deepcopy(model).double(), *asked[:2], asked[2].double())
+            got = model.pack().user_vectors(*asked, backend=backend)
+            if wrong := _errors(got, eager(model, *asked), exact, 3):
+                return wrong
+            found = model.retrieve(*asked, k, exclude_history=True, backend=backend)
+            if bool((found.indices[:, :, None] == asked[0][:, None]).any()):
+                return "WRONG: returned what was excluded"
+        return None
+
+    def ours(backend: str) -> Call:
+        model, asked = problem(batch, TRMConfig(n_items=items, text_dim=text_dim))
+        packed = model.pack()
+        return lambda: packed.retrieve(*asked, k, backend=backend)
+
+    def peers() -> Iterator[tuple[str, Call]]:
+        model, asked = problem(batch, TRMConfig(n_items=items, text_dim=text_dim))
+        table = F.normalize(model.item_embedding.weight.detach(), dim=1)
+        yield (
+            "torch eager + matmul + topk",
+            lambda: torch.topk(F.normalize(eager(model, *asked), dim=1) @ table.T, k),
+        )
+
+    return Case(f"trm_retrieve {k} of {items:,}, {batch} users", check, ours, peers,
+                "trm_retrieve")  # fmt: skip

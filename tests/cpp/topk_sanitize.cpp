@@ -1,6 +1,7 @@
 // Exact top-k under AddressSanitizer and UBSan: every kernel this machine has, on shapes whose
 // tails do not fill a register, a block or a tile. Buffers have exactly the size they must have,
 // so that one element too many is an error. Compiled and run by tests/ops/test_topk_sanitize.py.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -39,14 +40,21 @@ void run(const Problem& p, Dtype type, const std::vector<T>& items, std::mt19937
   for (float& x : queries) x = normal(random) * scale;
   std::vector<uint32_t> order(static_cast<size_t>(p.items));
   for (size_t i = 0; i < order.size(); ++i) order[i] = uint32_t(order.size() - 1 - i);
-  std::vector<double> center(size_t(p.dim), 0.25 * scale);
+  // Two centers, in turn, and 16-bit codes.
+  std::vector<double> center(size_t(2 * p.dim), 0.25 * scale);
+  std::fill(center.begin() + p.dim, center.end(), -0.5 * scale);
 
   const int64_t blocks = (p.items + kBlockRows - 1) / kBlockRows;
   const int64_t quads = code_shape(p.dim).quads;
   std::vector<uint8_t> codes(size_t(blocks * quads * kBlockRows * 4));
   std::vector<BlockBound> bounds(static_cast<size_t>(blocks));
   Index index{{items.data(), p.items, p.dim, p.dim, type}, {}};
-  const Prefilter filter{codes.data(), bounds.data(), order.data(), center.data()};
+  std::vector<int32_t> cluster(static_cast<size_t>(blocks));
+  for (size_t b = 0; b < cluster.size(); ++b) cluster[b] = int32_t(b % 2);
+  std::vector<int16_t> fine(size_t(p.items * p.dim));
+  std::vector<FineBound> fine_bounds(static_cast<size_t>(blocks));
+  const Prefilter filter{codes.data(),  bounds.data(),      order.data(), center.data(), 2,
+                         cluster.data(), fine.data(), fine_bounds.data()};
   encode_blocks(index.rows, filter, nullptr, blocks, 2);
 
   std::vector<int64_t> offsets{0}, ids;

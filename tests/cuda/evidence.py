@@ -1,8 +1,8 @@
 """What the compiler made of the CUDA kernels, written to docs/gpu_evidence.json and .md.
 
 ``python tests/cuda/evidence.py`` reads the machine code in the built extension (``_C.cuda``) with
-the cuobjdump that comes with Triton, or in cubins given as arguments. Nothing is timed: the last
-table is arithmetic.
+the cuobjdump that comes with Triton, or in cubins given as arguments, and how the launchers start
+each kernel from the emulator. Nothing is timed: the last table is arithmetic.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from launches import direct_top_k, gather, indexed_top_k, launches, linear, short_names, trm
 
 ROOT = Path(__file__).parents[2]
 CUDA = ROOT / "csrc" / "cuda"
@@ -57,40 +60,35 @@ LIMITS = {
     "sm_120": Multiprocessor(1536, 24, 100 << 10),
 }
 
-# (name, threads, dynamic shared bytes): blocks as the launchers start them, k = 20, H = D = 128.
-LAUNCHES = [
-    ("topk_direct<.*, 8>", 256, 8 * (64 * 8 + 16 + 128 * 4)),
-    ("topk_direct<.*, 4>", 128, 4 * (1024 * 8 + 16 + 64 * 4)),
-    ("topk_merge", 256, 512 * 8 + 16),
-    ("topk_encode", 128, (128 + 4) * 8),
-    ("topk_sample", 256, 16 * 32 * 8),
-    ("topk_threshold", 256, 1024 * 8),
-    ("topk_scan<8>", 256, 8 * 64 * 4),
-    ("topk_scan<2>", 256, 8 * 16 * 4),
-    ("topk_rescore", 256, 512 * 8 + 16),
-]
-
 # Kernels whose inner loops must be tensor-core instructions, with wide loads before them.
 ON_TENSOR_CORES = ("topk_scan", "topk_sample", "linear_slice", "trm_dense")
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peaks of a data sheet, dense: bytes a second, int8 and bf16 operations a second."""
+    """Peaks of a data sheet, dense: bytes a second, int8, bf16 and tf32 operations a second."""
 
     bandwidth: float
     int8: float
     bf16: float
+    tf32: float
 
 
 GPUS = {
-    "A100 80GB SXM": Gpu(2.039e12, 624e12, 312e12),
-    "H100 SXM": Gpu(3.35e12, 1979e12, 989e12),
-    "B200": Gpu(8.0e12, 4500e12, 2250e12),
+    "A100 80GB SXM": Gpu(2.039e12, 624e12, 312e12, 156e12),
+    "H100 SXM": Gpu(3.35e12, 1979e12, 989e12, 494e12),
+    "B200": Gpu(8.0e12, 4500e12, 2250e12, 1125e12),
 }
 
 # Bytes from memory and operations of a call at the sizes of docs/BENCHMARKS.md, by formula.
 N, D, T, H, V = 1_000_000, 128, 2048, 576, 49_152
+# The TRM's default sizes, users with 20 items each. A product of float32 is three of tf32.
+USERS, ITEMS, INNER, TEXT, EXPERTS = 512, 20, 512, 384, 8
+# Maps of a layer, D → 3 D → D → INNER → D; the last layer's only keys and values are of all items.
+LAYER = D * (4 * D + 2 * INNER)
+TRM_PRODUCTS = USERS * (ITEMS * (LAYER + 2 * D * D) + LAYER - 2 * D * D + EXPERTS * TEXT * D)
+TRM_WEIGHTS = 2 * LAYER + EXPERTS * TEXT * D
+TRM_IN_AND_OUT = USERS * (2 * ITEMS * D + TEXT + D)
 WORK: list[tuple[str, float, float, str]] = [
     (f"top 20 of 1M x 128, codes, {b} queries", N * D * (1 + 1 / 16) + N * 0.375, 2 * N * D * b,
      "int8")
@@ -99,6 +97,8 @@ WORK: list[tuple[str, float, float, str]] = [
     ("gather_logprobs 2048 x 49,152 bf16", 2 * T * V, 0, "bf16"),
     ("linear_logprobs forward bf16", 2 * (T * H + V * H), 2 * T * H * V, "bf16"),
     ("linear_logprobs forward + backward bf16", 2 * 2 * (T * H + V * H), 4 * 2 * T * H * V, "bf16"),
+    ("trm_user_vectors 512 users x 20", 4 * (TRM_WEIGHTS + TRM_IN_AND_OUT), 3 * 2 * TRM_PRODUCTS,
+     "tf32"),
 ]  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def sources_digest() -> str:
     """Of everything that the kernels are made of."""
     digest = hashlib.sha256()
     for file in sorted(CUDA.iterdir()):
-        if file.suffix in (".cu", ".cuh", ".h"):
+        if file.suffix in (".cu", ".cuh", ".h") and not file.name.startswith("bindings"):
             digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
 
@@ -120,16 +120,24 @@ def cuobjdump(*arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def demangled(names: list[str]) -> dict[str, str]:
-    """Kernel names with template arguments, without namespaces and parameters."""
-    text = subprocess.run(
-        ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
-    ).stdout
-    short = {}
-    for mangled, full in zip(names, text.splitlines(), strict=True):
-        name = re.sub(r"\(anonymous namespace\)::|deeprec::(cuda::)?(trm::)?|^void ", "", full)
-        short[mangled] = re.sub(r"\((?!int\)|bool\)|Epilogue\)).*$", "", name.replace("(bool)", ""))
-    return short
+def blocks() -> dict[str, tuple[int, int]]:
+    """Threads and dynamic shared memory with which the launchers start every kernel.
+
+    At k = 20, 128 dimensions and the TRM's default sizes; the larger where there are several.
+    """
+    torch.manual_seed(0)
+    found: dict[str, tuple[int, int]] = {}
+    for launch in launches(
+        lambda: direct_top_k(dim=128, k=20, rows=200, queries=9),
+        lambda: direct_top_k(dim=128, k=1024, rows=200, queries=1),
+        lambda: indexed_top_k(dim=128, k=20, rows=700, queries=17),
+        lambda: gather(rows=2, vocabulary=300),
+        lambda: linear(rows=3, size=36, vocabulary=150),
+        lambda: trm(1, text_dim=12, max_length=3),
+    ):
+        own = (launch.threads, launch.shared)
+        found[launch.kernel] = max(own, found.get(launch.kernel, own), key=lambda block: block[1])
+    return found
 
 
 def instructions(body: str) -> list[tuple[int, str, int | None]]:
@@ -183,6 +191,7 @@ def occupancy(architecture: str, registers: int, threads: int, shared: int) -> f
 def read_kernels(files: list[Path]) -> dict[str, dict[str, Any]]:
     """Per kernel and architecture: resources, instruction mixes, occupancy."""
     kernels: dict[str, dict[str, Any]] = {}
+    started = blocks()
     for file in files:
         for architecture in ARCHITECTURES:
             usage = cuobjdump("-arch", architecture, "-res-usage", str(file))
@@ -190,7 +199,7 @@ def read_kernels(files: list[Path]) -> dict[str, dict[str, Any]]:
                                usage)  # fmt: skip
             if not found:
                 continue
-            names = demangled([entry[0] for entry in found])
+            names = short_names([entry[0] for entry in found])
             bodies = dict(
                 re.findall(
                     r"Function : (\S+)(.*?)(?=Function : |\Z)",
@@ -209,14 +218,13 @@ def read_kernels(files: list[Path]) -> dict[str, dict[str, Any]]:
                     "instructions": {"all": len(listing), **mix([op for _, op, _ in listing])},
                     "loop": hottest_loop(listing),
                 }
-                for pattern, threads, dynamic in LAUNCHES:
-                    if re.match(pattern, names[mangled]):
-                        entry |= {
-                            "threads": threads,
-                            "shared": dynamic,
-                            "occupancy": occupancy(architecture, registers, threads, dynamic),
-                        }
-                        break
+                if names[mangled] in started:
+                    threads, dynamic = started[names[mangled]]
+                    entry |= {
+                        "threads": threads,
+                        "shared": dynamic,
+                        "occupancy": occupancy(architecture, registers, threads, dynamic + shared),
+                    }
                 kernels.setdefault(names[mangled], {})[architecture] = entry
     return dict(sorted(kernels.items()))
 
@@ -252,6 +260,8 @@ def problems(kernels: dict[str, dict[str, Any]]) -> list[str]:
             found.append(f"{name}: not compiled for {', '.join(sorted(missing))}")
         for architecture, entry in by_architecture.items():
             where = f"{name}, {architecture}"
+            if not entry.get("occupancy"):
+                found.append(f"{where}: no launch is known that fits a multiprocessor")
             if entry["stack"] or entry["local"] or entry["instructions"].get("local"):
                 found.append(f"{where}: {entry['stack']} bytes of stack, or local memory")
             if name.startswith(ON_TENSOR_CORES):
@@ -267,23 +277,26 @@ def markdown(evidence: dict[str, Any]) -> str:
         "# What the compiler made of the CUDA kernels",
         "",
         "Written by `python tests/cuda/evidence.py` from the machine code. Registers are a",
-        "thread's, on sm_80 / 90 / 100 / 120; occupancy is that of the launch at k = 20 and 128",
-        "dimensions; the loop is the innermost one that does the arithmetic, on sm_80.",
+        "thread's, on sm_80 / 90 / 100 / 120; threads, shared memory (the launch's, in bytes) and",
+        "occupancy (resident threads of a multiprocessor, by registers, shared memory and threads)",
+        "are those of a launch at 128 dimensions, the largest where the launcher has several; the",
+        "loop is the innermost one that does the arithmetic, on sm_80.",
         "",
         "Kernels that break a rule (no stack frame, spills or local memory; tensor cores and",
         "128-bit loads where the work is a product):",
         "",
         *[f"- {problem}" for problem in problems(evidence["kernels"])],
         "",
-        "| kernel | registers | occupancy | loop |",
-        "| --- | --- | --- | --- |",
+        "| kernel | registers | threads | shared | occupancy | loop |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, by_architecture in evidence["kernels"].items():
         entries = list(by_architecture.values())
         registers = " / ".join(str(e["registers"]) for e in entries)
         filled = " / ".join(f"{e['occupancy']:.0%}" for e in entries if "occupancy" in e)
+        block = f"{entries[0].get('threads', '')} | {entries[0].get('shared', '')}"
         loop = ", ".join(f"{n} {what}" for what, n in entries[0]["loop"].items() if what != "all")
-        lines.append(f"| `{name}` | {registers} | {filled} | {loop} |")
+        lines.append(f"| `{name}` | {registers} | {block} | {filled} | {loop} |")
     lines += [
         "",
         "## Floors",

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 import evidence
 import pytest
 import torch
+from small_trm import ask, make
 
-from deeprec import _C
+from deeprec import _C, linear_logprobs, topk_retrieve
 from deeprec.ops import cuda
 
 needs_build = pytest.mark.skipif(not hasattr(_C, "cuda"), reason="built without nvcc")
@@ -42,6 +46,41 @@ def test_a_cuda_launch_without_a_driver_is_an_error() -> None:
         _C.cuda.topk_search(request, answer=(0, 0, 0), workspace=(0, needed - 1), stream=0)
     with pytest.raises(RuntimeError, match="CUDA: topk_direct: "):
         _C.cuda.topk_search(request, answer=(0, 0, 0), workspace=(0, needed), stream=0)
+
+
+def test_cuda_workspaces_too_small_or_unaligned_are_refused(
+    emulated: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By every launcher that takes one, before it launches anything."""
+    model = make(1)
+    history, lengths, preference = ask(model, 2)
+    hidden, weight = torch.randn(3, 8).requires_grad_(), torch.randn(9, 8).requires_grad_()
+    ids = torch.zeros(3).long()
+
+    def linear() -> torch.Tensor:
+        return linear_logprobs(hidden, weight, ids, backend="cuda").sum()
+
+    calls: dict[str, Callable[[], Any]] = {
+        "topk_search": lambda: topk_retrieve(hidden.detach(), weight.detach(), 2, backend="cuda"),
+        "linear_logprobs": linear,
+        "linear_logprobs_backward": lambda: linear().backward(),
+        "trm_encode": lambda: model.pack().history_states(history, lengths, backend="cuda"),
+        "trm_fuse": lambda: model.pack().user_vectors(history, lengths, preference, backend="cuda"),
+    }
+    for name, call in calls.items():
+        launcher = getattr(emulated, name)
+        for change, message in (
+            (lambda at, size: (at, size - 1), "workspace: expected"),
+            (lambda at, size: (at + 4, size), "workspace must be aligned to 16 bytes"),
+        ):
+
+            def changed(*args: Any, workspace: tuple[int, int], **rest: Any) -> None:
+                launcher(*args, workspace=change(*workspace), **rest)  # noqa: B023
+
+            monkeypatch.setattr(emulated, name, changed)
+            with pytest.raises(ValueError, match=message):
+                call()
+        monkeypatch.setattr(emulated, name, launcher)
 
 
 @pytest.mark.parametrize(

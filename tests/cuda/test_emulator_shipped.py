@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from emulation import ROOT, SCHEDULES, build, emulating, load
+from small_trm import ask, eager, make
 from test_emulator import mutated
 
 from deeprec import linear_logprobs, topk_retrieve
@@ -42,6 +43,13 @@ def linear_is_right() -> bool:
     return torch.allclose(got.double(), exact, rtol=0, atol=1e-4)
 
 
+def trm_is_right() -> bool:
+    model = make(2, n_layers=1, n_experts=2)
+    asked = ask(model, 2)
+    users = model.pack().user_vectors(*asked, backend="cuda")
+    return torch.allclose(users, eager(model, *asked), rtol=0, atol=1e-4)
+
+
 BUGS: dict[str, tuple[str, str, str, Callable[[], bool]]] = {
     "a removed barrier in the lists of candidates": (
         "topk_best.cuh",
@@ -66,6 +74,12 @@ BUGS: dict[str, tuple[str, str, str, Callable[[], bool]]] = {
         "stages_a + kStages * kElementsA;",
         "stages_a + (kStages - 1) * kElementsA;",
         linear_is_right,
+    ),
+    "a loop that ends one item early": (
+        "trm.cuh",
+        "for (int64_t s = 0; s < sources; ++s) {",
+        "for (int64_t s = 0; s < sources - 1; ++s) {",
+        trm_is_right,
     ),
 }
 

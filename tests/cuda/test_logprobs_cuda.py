@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from layouts import check_layouts
 from test_linear_logprobs import case, check_against_double, gradients, some_allowed
 
 from deeprec import AllowedTokens, gather_logprobs, linear_logprobs
@@ -93,3 +94,8 @@ def test_ids_out_of_range_are_nan_and_touch_nothing(emulated) -> None:
         hidden, weight, torch.tensor([4, 1, 2]), allowed=allowed, backend="cuda"
     )
     assert values.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_strides_and_odd_addresses_change_nothing(emulated, dtype: torch.dtype) -> None:
+    check_layouts("cuda", dtype)

@@ -18,6 +18,7 @@ INTERPRETED = [
     OPS / "test_linear_logprobs.py",
     HERE / "interpreted_ops.py",
     HERE / "interpreted_topk.py",
+    HERE / "interpreted_trm.py",
     HERE / "interpreted_seeded.py",
 ]
 

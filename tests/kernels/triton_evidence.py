@@ -1,9 +1,9 @@
 """What the compilers make of every Triton kernel, in every configuration, for every target.
 
 ``python tests/kernels/triton_evidence.py --write`` compiles all of them (minutes) and writes
-``docs/gpu_evidence_triton.json`` and the table of ``docs/TRITON.md``; without ``--write`` it only
-compiles, checks, and demands that the same kernels are written. No GPU is needed, and nothing is
-timed.
+``docs/gpu_evidence_triton.json`` and the table of ``docs/TRITON.md``, what ``--targets`` and
+``--cases`` leave out as it was; without ``--write`` it only compiles, checks, and demands that the
+same kernels are written. No GPU is needed, and nothing is timed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ import triton
 from triton_compile import TARGETS, Compiled, compiling_for
 
 from deeprec.ops import topk_triton
+from deeprec.trm import PreferenceAwareTRM, TRMConfig, packed_triton
+from deeprec.trm.request import Request
 
 ROOT = Path(__file__).parents[2]
 EVIDENCE = ROOT / "docs" / "gpu_evidence_triton.json"
@@ -52,6 +54,9 @@ PRODUCTS = {
     "linear_grad_hidden",
     "linear_grad_weight",
     "scan",
+    "dense",
+    "dense_norm",
+    "attention",
 }
 
 
@@ -80,6 +85,14 @@ def topk(dtype: torch.dtype, k: int) -> None:
     topk_triton.run(queries, items, None, torch.arange(65), torch.arange(64), k)
 
 
+def trm(dtype: torch.dtype, **options: int) -> None:
+    config = TRMConfig(n_items=100, text_dim=384, **options)
+    packed = PreferenceAwareTRM(config).eval().pack(dtype)
+    history, lengths = torch.ones(4, config.max_length).long(), torch.ones(4).long()
+    asked = Request(history, lengths, preference=torch.zeros(4, config.text_dim))
+    packed_triton._user_vectors(packed, asked)
+
+
 CASES: dict[str, Callable[[], None]] = {
     "gather_logprobs bfloat16": lambda: gather(torch.bfloat16),
     "gather_logprobs float32": lambda: gather(torch.float32),
@@ -87,6 +100,10 @@ CASES: dict[str, Callable[[], None]] = {
     "linear_logprobs float32": lambda: linear(torch.float32),
     "topk_retrieve bfloat16, k 20": lambda: topk(torch.bfloat16, 20),
     "topk_retrieve float32, k 1000": lambda: topk(torch.float32, 1000),
+    "trm bfloat16": lambda: trm(torch.bfloat16),
+    "trm float32, as large as it may be": lambda: trm(
+        torch.float32, hidden=512, inner=2048, n_experts=16, max_length=128
+    ),
 }
 
 
@@ -141,13 +158,21 @@ def row(case: str, target: str, compiled: Compiled) -> dict[str, Any]:
         "tensor_cores": products.group(1) if products else None,
         "wide_loads": len(WIDE_LOAD.findall(text)),
     }
-    if target in MAX_WARPS:
-        # Registers are given out 8 a thread at a time; 1 KB of shared memory a block is reserved.
-        by_registers = REGISTERS // (-(-found["registers"] // 8) * 8 * threads)
-        by_shared = SHARED_TOTAL[target] // (metadata.shared + 1024)
-        by_warps = MAX_WARPS[target] * 32 // threads
-        result["blocks_per_multiprocessor"] = min(by_registers, by_shared, by_warps)
+    result["blocks_per_multiprocessor"] = blocks(result)
     return result
+
+
+def blocks(r: dict[str, Any]) -> int:
+    """How many of a kernel's blocks are on a multiprocessor (AMD: compute unit) at once."""
+    target, registers = r["target"], -(-r["registers"] // 8) * 8  # given out 8 a thread at a time
+    if target in MAX_WARPS:
+        by_registers = REGISTERS // (registers * r["threads"])
+        by_shared = SHARED_TOTAL[target] // (r["shared"] + 1024)  # 1 KB of a block is reserved
+        by_warps = MAX_WARPS[target] * 32 // r["threads"]
+        return int(min(by_registers, by_shared, by_warps))
+    # Four units of 512 registers a lane, for up to 8 waves of 64 each.
+    waves = 4 * min(512 // registers, 8)
+    return int(min(waves * 64 // r["threads"], SHARED_LIMIT[target] // max(r["shared"], 1)))
 
 
 def compile_case(task: tuple[str, str]) -> list[dict[str, Any]]:
@@ -180,7 +205,7 @@ def faults(rows: list[dict[str, Any]]) -> list[str]:
             bad.append(f"{where}: {r['shared']} bytes of shared memory do not fit")
         if r["kernel"] in PRODUCTS and not r["tensor_cores"]:
             bad.append(f"{where}: no tensor core instruction")
-        if r.get("blocks_per_multiprocessor", 1) < 1:
+        if r["blocks_per_multiprocessor"] < 1:
             bad.append(f"{where}: not one block fits a multiprocessor")
     return bad
 
@@ -195,13 +220,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     for (kernel, target), group in worst.items():
         registers = max(r["registers"] for r in group)
         shared = max(r["shared"] for r in group)
-        blocks = min(r.get("blocks_per_multiprocessor", 0) for r in group) or ""
-        lines.append(f"| {kernel} | {target} | {registers} | {shared:,} | {blocks} |")
+        fewest = min(r["blocks_per_multiprocessor"] for r in group)
+        lines.append(f"| {kernel} | {target} | {registers} | {shared:,} | {fewest} |")
     return "\n".join(lines) + "\n"
 
 
-def compile_all(jobs: int, targets: list[str]) -> list[dict[str, Any]]:
-    tasks = [(case, target) for target in targets for case in CASES]
+def compile_all(jobs: int, targets: list[str], cases: list[str]) -> list[dict[str, Any]]:
+    tasks = [(case, target) for target in targets for case in cases]
     # Fresh processes: torch's threads do not survive a fork.
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
         return [r for rows in pool.map(compile_case, tasks, chunksize=1) for r in rows]
@@ -212,20 +237,28 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="write the evidence")
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
     parser.add_argument("--targets", nargs="+", default=[*TARGETS], choices=[*TARGETS])
+    parser.add_argument("--cases", nargs="+", default=[*CASES], choices=[*CASES])
     arguments = parser.parse_args()
-    rows = compile_all(arguments.jobs, arguments.targets)
-    evidence = {"triton": triton.__version__, "rows": rows}
-    bad = faults(rows)
+    rows = compile_all(arguments.jobs, arguments.targets, arguments.cases)
+    bad, compiled = faults(rows), len(rows)
+
+    def asked(r: dict[str, Any]) -> bool:
+        return r["target"] in arguments.targets and r["case"] in arguments.cases
+
+    written = json.loads(EVIDENCE.read_text())["rows"]
     if arguments.write:
+        rows += [r for r in written if not asked(r) and r["case"] in CASES]
+        places = {name: place for place, name in enumerate([*TARGETS, *CASES])}
+        rows.sort(key=lambda r: (places[r["target"]], places[r["case"]]))
+        evidence = {"triton": triton.__version__, "rows": rows}
         EVIDENCE.write_text(json.dumps(evidence, indent=1) + "\n")
         head, _, _ = TABLE.read_text().partition(MARK)
         TABLE.write_text(head + MARK + "\n" + table(rows))
     else:
-        written = json.loads(EVIDENCE.read_text())["rows"]
-        expected = [identity(r) for r in written if r["target"] in arguments.targets]
+        expected = [identity(r) for r in written if asked(r)]
         if expected != [identity(r) for r in rows]:
             bad.append(f"{EVIDENCE.name} is of other kernels: run this with --write")
-    print("\n".join(bad) or f"{len(rows)} kernels compiled, nothing wrong")
+    print("\n".join(bad) or f"{compiled} kernels compiled, nothing wrong")
     return bool(bad)
 
 

@@ -1,10 +1,11 @@
-"""Triton's interpreter made trustworthy: exact bfloat16, typed comparisons, checked bounds.
+"""Triton's interpreter made trustworthy: exact bfloat16, typed comparisons, bounds, races.
 
 Triton 3.9's interpreter multiplies bfloat16 as the integers that hold it, truncates casts to it,
 gives comparisons the type of their operands, and reads or writes wherever a pointer leads. With
 :func:`install` products of bfloat16 and tf32 are computed from values, as tensor cores do, other
-bfloat16 arithmetic is refused (kernels must widen first), and every lane of every load and store
-must lie in one of the tensors that the launch was given.
+bfloat16 arithmetic is refused (kernels must widen first), every lane of every load and store must
+lie in one of the tensors that the launch was given, and no program may write what another program
+of the launch reads or writes: they run in no order.
 
 Only for a process that set ``TRITON_INTERPRET=1`` before it imported triton.
 """
@@ -19,7 +20,48 @@ import torch
 import triton.language as tl
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
-_allowed: list[tuple[int, int]] | None = None
+_memory: Memory | None = None
+
+
+class Memory:
+    """The tensors of a launch: what may be touched, and which program has touched what."""
+
+    def __init__(self, extents: list[tuple[int, int]]) -> None:
+        self.extents = extents
+        merged: list[tuple[int, int]] = []  # tensors may overlap: views of one storage
+        for low, high in sorted(extents):
+            if merged and low <= merged[-1][1]:
+                low, high = merged[-1][0], max(high, merged.pop()[1])  # noqa: PLW2901
+            merged.append((low, high))
+        self.lows = np.array([low for low, _ in merged], np.uint64)
+        sizes = np.array([high - low for low, high in merged], np.int64)
+        self.bases = np.concatenate([[0], np.cumsum(sizes)])
+        # By byte: 0 for nobody, a program's number, or -1 for several.
+        self.readers, self.writers = np.zeros((2, self.bases[-1]), np.int32)
+
+    def check(self, addresses: np.ndarray, size: int, what: str, program: int) -> None:
+        """Raises IndexError unless ``program`` may touch what is at the addresses."""
+        inside = np.zeros(addresses.shape, bool)
+        for low, high in self.extents:
+            inside |= (addresses >= low) & (addresses + np.uint64(size) <= high)
+        if not inside.all():
+            outside = int((~inside).sum())
+            raise IndexError(f"{what} out of bounds in {outside} of {inside.size} lanes")
+        which = np.searchsorted(self.lows, addresses, "right") - 1
+        at = self.bases[which] + (addresses - self.lows[which]).astype(np.int64)
+        if _others(self.writers[at], program).any():
+            raise IndexError(f"{what} of what another program writes")
+        readers = self.readers[at]
+        if what == "store":
+            if _others(readers, program).any():
+                raise IndexError("store to what another program reads")
+            self.writers[at] = program
+        else:
+            self.readers[at] = np.where(_others(readers, program), -1, program)
+
+
+def _others(programs: np.ndarray, program: int) -> np.ndarray:
+    return (programs != 0) & (programs != program)
 
 
 def bfloat16_values(bits: np.ndarray) -> np.ndarray:
@@ -88,22 +130,19 @@ def _compare(original: Callable[..., Any]) -> Callable[..., Any]:
     return compare
 
 
-def _check(pointers: Any, mask: Any, what: str) -> None:
-    if _allowed is None:
+def _check(builder: Any, pointers: Any, mask: Any, what: str) -> None:
+    if _memory is None:
         return
     addresses, active = np.broadcast_arrays(pointers.data, mask.data)
     addresses = addresses[active.astype(bool)].astype(np.uint64)
     size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-    inside = np.zeros(addresses.shape, bool)
-    for low, high in _allowed:
-        inside |= (addresses >= low) & (addresses + np.uint64(size) <= high)
-    if not inside.all():
-        raise IndexError(f"{what} out of bounds in {int((~inside).sum())} of {inside.size} lanes")
+    (x, y, z), (_, ny, nz) = builder.grid_idx, builder.grid_dim
+    _memory.check(addresses, size, what, (x * ny + y) * nz + z + 1)
 
 
 def _access(original: Callable[..., Any], what: str, mask_at: int) -> Callable[..., Any]:
     def access(self: Any, pointers: Any, *rest: Any) -> Any:
-        _check(pointers, rest[mask_at], what)
+        _check(self, pointers, rest[mask_at], what)
         return original(self, pointers, *rest)
 
     return access
@@ -136,10 +175,10 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
 
 def _launch(original: Callable[..., Any]) -> Callable[..., Any]:
     def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
-        global _allowed  # noqa: PLW0603
+        global _memory  # noqa: PLW0603
         on_host = original(self, *args, **kwargs)
         values = [*on_host[0], *on_host[1].values()]
-        _allowed = [_extent(value) for value in values if isinstance(value, torch.Tensor)]
+        _memory = Memory([_extent(value) for value in values if isinstance(value, torch.Tensor)])
         return on_host
 
     return launch

@@ -20,6 +20,10 @@ SMALL = {
     "linear_grad_hidden": {"BLOCK_M": 16, "BLOCK_N": 16},
     "linear_grad_weight": {"BLOCK_M": 16, "BLOCK_N": 16},
     "scan": {"BLOCK_N": 64},
+    "embed": {"BLOCK_T": 8},
+    "attention": {"BLOCK_Q": 16},
+    "dense": {"BLOCK_M": 16, "BLOCK_N": 32},
+    "dense_norm": {"BLOCK_M": 16},
 }
 
 

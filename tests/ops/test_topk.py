@@ -251,6 +251,15 @@ def test_few_exact_scores_are_needed() -> None:
         assert index.stats().rescored_per_query < limit * k, name
 
 
+@pytest.mark.parametrize(("n", "k"), [(511, 3), (1000, 100), (1000, 1000)])
+def test_small_tables_and_large_k_are_scanned_directly(n: int, k: int) -> None:
+    torch.manual_seed(0)
+    items, queries = torch.randn(n, 16), torch.randn(3, 16)
+    index = ItemIndex(items)
+    assert_same(index.search(queries, k), brute_force(queries, items, k))
+    assert index.stats().rescored_per_query == n
+
+
 def test_several_threads_and_indexes_at_once() -> None:
     torch.manual_seed(0)
     work = []

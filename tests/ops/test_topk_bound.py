@@ -95,7 +95,7 @@ def test_bounds_hold_for_every_row_and_are_not_slack() -> None:
     items = torch.randn(1000, DIM) * torch.randn(1000, 1).exp()
     index = ItemIndex(items)
     assert index._table is not None
-    codes, bounds, order, center = index._table
+    codes, bounds, order, center = index._table[:4]
     stored = items[order.long()].double() - (center if len(center) else 0)
     decoded = (codes.double() - 128).permute(0, 2, 1, 3).reshape(-1, DIM)[: len(items)]
     scale = bounds[:, 0].double().repeat_interleave(BLOCK)[: len(items), None]

@@ -108,7 +108,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         "does not describe": content[:-1],
         "checksum": bytes(flipped),
         "cannot be read": b"\x08" + b"\0" * 7 + b"nonsense",
-        "version 3": changed(__metadata__={**metadata, "version": "3"}),
+        "version 4": changed(__metadata__={**metadata, "version": "4"}),
         "metric is 'l2'": changed(__metadata__={**metadata, "metric": "l2"}),
         "wrong size": changed(items={**header["items"], "shape": [1 << 40, 20]}),
         "has shape": changed(items={**header["items"], "shape": [-1000, -20]}),

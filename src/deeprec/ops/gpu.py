@@ -12,7 +12,7 @@ from importlib.util import find_spec
 
 from torch import Tensor
 
-__all__ = ["interpreting", "why_not_triton"]
+__all__ = ["float32_products", "interpreting", "why_not_triton"]
 
 INSTALLED = find_spec("triton") is not None
 
@@ -31,3 +31,12 @@ def why_not_triton(tensor: Tensor) -> str | None:
     if not INSTALLED:
         return "triton is not installed; pip install 'deeprec[gpu]'"
     return None
+
+
+def float32_products() -> str:
+    """The precision that keeps ``tl.dot`` of float32 about exact where kernels run."""
+    import triton
+
+    if interpreting() or triton.runtime.driver.active.get_current_target().backend != "cuda":
+        return "ieee"  # AMD multiplies float32 itself
+    return "tf32x3"  # three products of tf32 parts make up one

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from deeprec import _C
 from deeprec.ops import index_file
+from deeprec.ops.centers import find_centers, row_norms, stored_order
 from deeprec.ops.seen import SeenItems
 from deeprec.ops.topk import (
     TopK,
@@ -20,6 +21,7 @@ from deeprec.ops.topk import (
     check_search,
     item_rows,
     prefilter_view,
+    run_cpu,
 )
 
 __all__ = ["IndexStats", "ItemIndex"]
@@ -31,15 +33,9 @@ PrefilterChoice = Literal["auto", "none"]
 MAX_CODED_DIM = 65536
 # Fewer rows are scanned exactly in any case.
 MIN_CODED_ROWS = 512
-# Rows are sorted by norm into classes this many to a factor of two (9% wide): blocks of similar
-# norm share a scale well, and rows of one class keep their order.
-NORM_CLASSES = 8
-# A common part is taken out of the rows if that shortens them by a tenth; rows beyond twice the
-# median norm have no say in it.
-CENTER_GAIN = 0.9
-OUTLIER = 2.0
-# Rows handled at once where a float32 copy is needed.
-CHUNK = 65536
+# 16-bit codes are kept too where a trial search with some of the items leaves this many rows for
+# exact scores: such a score takes a row from anywhere in memory, about as long as four codes.
+PROBES, PROBE_K, FINE_PAYS = 32, 20, 400
 
 
 @dataclass(frozen=True)
@@ -47,14 +43,20 @@ class IndexStats:
     """How well the prefilter did in the latest search.
 
     ``rescored`` is the number of exact scores computed; without a prefilter all of them.
+    ``refined`` is the number of rows whose 16-bit codes were looked at before, where there are any.
     """
 
     queries: int
     rescored: int
+    refined: int = 0
 
     @property
     def rescored_per_query(self) -> float:
         return self.rescored / self.queries if self.queries else 0.0
+
+    @property
+    def refined_per_query(self) -> float:
+        return self.refined / self.queries if self.queries else 0.0
 
 
 class ItemIndex:
@@ -63,8 +65,11 @@ class ItemIndex:
     Every row is also kept as 8-bit codes, with a proven bound on what they leave out. A search
     scores codes, and computes an exact score only where the bound cannot exclude a row, so the
     answer is that of :func:`topk_retrieve` bit for bit. The bound holds for any data; how many
-    rows it excludes depends on them (:meth:`stats`), and where it is too few the search scans
-    exactly. The method is described and proven in ``csrc/cpu/topk_encode.cpp``.
+    rows it excludes depends on them (:meth:`stats`). So the index looks at its items when it is
+    built: rows that lie in clusters are coded about their cluster's center, whole clusters then
+    being ruled out unread; where a trial search still leaves many rows, they get 16-bit codes as a
+    second level; where all of that excludes too few, the search scans exactly. The method is
+    described and proven in ``csrc/cpu/topk_encode.cpp``. :meth:`update` keeps what was decided.
 
     Items are copied. Searches may run in several threads at once, an update must run alone.
 
@@ -72,8 +77,9 @@ class ItemIndex:
         items: ``[N, D]``, float32, bfloat16 or float16, finite.
         metric: "ip", or "cosine": rows and queries are first normalised (in float64, stored as
             float32), and must not be zero.
-        prefilter: "auto" builds codes (on the CPU, from a copy of items that are elsewhere; about a
-            quarter more memory than float32 items alone), "none" always scans exactly.
+        prefilter: "auto" builds codes (on the CPU, from a copy of items that are elsewhere, then
+            without clusters and second level). They take a byte a dimension and row, three with a
+            second level; a million rows of 128 take seconds. "none" always scans exactly.
 
     Raises:
         TypeError: the dtype does not fit.
@@ -98,7 +104,7 @@ class ItemIndex:
         self.prefilter: PrefilterChoice = prefilter
         self._items = self._stored(as_items(items), "items", copy=True)
         self._table: list[Tensor] | None = None
-        self._rescored = torch.empty(0, dtype=torch.int64)
+        self._counts = torch.empty(2, 0, dtype=torch.int64)
         if self._wants_codes():
             self._build()
 
@@ -115,7 +121,7 @@ class ItemIndex:
         offsets, ids = check_search(asked, k, exclude)
         if self.metric == "cosine":
             asked = torch.ops.deeprec.normalize_rows(asked, "queries")
-        values, indices, self._rescored = torch.ops.deeprec.topk(
+        values, indices, self._counts = torch.ops.deeprec.topk(
             asked, self._items, self._table or [], offsets, ids, k, backend or ""
         )
         return TopK(values, indices)
@@ -172,9 +178,8 @@ class ItemIndex:
         index.metric = settings["metric"]
         index.prefilter = settings["prefilter"]
         index._items = tensors["items"]
-        names = ("codes", "bounds", "order", "center")
-        index._table = [tensors[name] for name in names] if "codes" in tensors else None
-        index._rescored = torch.empty(0, dtype=torch.int64)
+        index._table = [tensors[name] for name in index_file.TABLE] if "codes" in tensors else None
+        index._counts = torch.empty(2, 0, dtype=torch.int64)
         return index
 
     def to(self, device: torch.device | str) -> ItemIndex:
@@ -184,13 +189,18 @@ class ItemIndex:
         moved = ItemIndex.__new__(ItemIndex)
         moved.metric, moved.prefilter = self.metric, self.prefilter
         moved._items = self._items.to(device)
-        moved._table = self._table and [tensor.to(device) for tensor in self._table]
-        moved._rescored = self._rescored[:0]
+        moved._table = None
+        if self._table is not None and (len(self._table[4]) or len(self._table[5])):
+            moved._build()
+        elif self._table is not None:
+            moved._table = [tensor.to(device) for tensor in self._table]
+        moved._counts = self._counts[:, :0]
         return moved
 
     def stats(self) -> IndexStats:
         """Counters of the latest search on this index."""
-        return IndexStats(len(self._rescored), int(self._rescored.sum()))
+        rescored, refined = self._counts.sum(1).tolist()
+        return IndexStats(self._counts.shape[1], rescored, refined)
 
     @property
     def dim(self) -> int:
@@ -209,7 +219,10 @@ class ItemIndex:
         return len(self._items)
 
     def __repr__(self) -> str:
-        coded = "8-bit codes" if self._table is not None else "no prefilter"
+        coded = "no prefilter"
+        if self._table is not None:
+            coded = "8- and 16-bit codes" if len(self._table[5]) else "8-bit codes"
+            coded += f" about {len(self._table[3])} centers" if len(self._table[4]) else ""
         return (
             f"ItemIndex({len(self)} x {self.dim}, {self._items.dtype}, {self.metric}, {coded}, "
             f"{self.nbytes / 1e6:.1f} MB)"
@@ -222,7 +235,7 @@ class ItemIndex:
         if self.metric == "cosine":
             normalized: Tensor = torch.ops.deeprec.normalize_rows(items, name)
             return normalized
-        bad = (~torch.isfinite(_norms(items, None))).nonzero()
+        bad = (~torch.isfinite(row_norms(items, None))).nonzero()
         if len(bad):
             raise ValueError(
                 f"{name}: row {int(bad[0])} holds NaN or infinity; every row must be finite"
@@ -241,26 +254,38 @@ class ItemIndex:
             and self.dim <= MAX_CODED_DIM
         )
 
-    def _build(self) -> None:
+    def _build(self, *, clusters: bool = True) -> None:
         if self._items.device.type != "cpu":
             host = ItemIndex.__new__(ItemIndex)
             host._items = self._items.cpu()
-            host._build()
+            host._build(clusters=False)  # kernels elsewhere know one center, one level
             assert host._table is not None
             self._table = [tensor.to(self._items.device) for tensor in host._table]
             return
-        norms = _norms(self._items, None)
-        center = _center(self._items, norms)
-        if center is not None:
-            norms = _norms(self._items, center)
+        centers = find_centers(self._items, clusters=clusters)
         blocks, quads, block_rows = _C.topk_code_shape(len(self), self.dim)
+        order, cluster = stored_order(self._items, centers, block_rows)
         self._table = [
             _fresh(blocks, quads, block_rows, 4, dtype=torch.uint8),
             torch.empty(blocks, 3),
-            _order(norms),
-            torch.empty(0, dtype=torch.float64) if center is None else center,
+            order,
+            centers.points,
+            cluster,
+            torch.empty(0, self.dim, dtype=torch.int16),
+            torch.empty(0, 2),
         ]
-        self._encode(torch.arange(blocks))
+        everything = torch.arange(blocks)
+        self._encode(everything)
+        if clusters and self._many_left():
+            self._table[5] = _fresh(len(self), self.dim, dtype=torch.int16)
+            self._table[6] = torch.empty(blocks, 2)
+            self._encode(everything)
+
+    def _many_left(self) -> bool:
+        """Whether the codes leave so many rows to score exactly that finer ones pay."""
+        probes = self._items[torch.arange(PROBES) * len(self) // PROBES].float()
+        counts = run_cpu(probes, self._items, self._table, None, None, PROBE_K)[2]
+        return int(counts[0].sum()) > PROBES * FINE_PAYS
 
     def _encode(self, blocks: Tensor) -> None:
         _C.topk_encode_blocks(
@@ -274,7 +299,7 @@ class ItemIndex:
     def _state(self) -> dict[str, Tensor]:
         state = {"items": self._items}
         if self._table is not None:
-            state |= zip(("codes", "bounds", "order", "center"), self._table, strict=True)
+            state |= zip(index_file.TABLE, self._table, strict=True)
         return state
 
 
@@ -287,39 +312,3 @@ def _fresh(*shape: int, dtype: torch.dtype) -> Tensor:
 
 def _block_rows(items: Tensor) -> int:
     return int(_C.topk_code_shape(*items.shape)[2])
-
-
-def _norms(items: Tensor, center: Tensor | None) -> Tensor:
-    """float64 ``[N]``, |row − center|."""
-    if items.device.type != "cpu":
-        return items.double().norm(dim=1)
-    norms = torch.empty(len(items), dtype=torch.float64)
-    _C.topk_row_norms(
-        item_rows(items),
-        0 if center is None else center.data_ptr(),
-        norms.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return norms
-
-
-def _center(items: Tensor, norms: Tensor) -> Tensor | None:
-    """The common part of the rows, float64 ``[D]``, if taking it out shortens them enough."""
-    usual = norms <= OUTLIER * norms.median()
-    total = torch.zeros(items.shape[1], dtype=torch.float64)
-    for start in range(0, len(items), CHUNK):
-        rows = items[start : start + CHUNK].float()
-        total += (usual[start : start + CHUNK].float() @ rows).double()
-    center = total / usual.sum()
-    if not bool(torch.isfinite(center).all()):
-        return None
-    gained = _norms(items, center)[usual].mean() < CENTER_GAIN * norms[usual].mean()
-    return center if bool(gained) else None
-
-
-def _order(norms: Tensor) -> Tensor:
-    """Item at each position, by descending class of norm; empty if that is the given order."""
-    classes = (norms.clamp(min=1e-300).log2() * NORM_CLASSES).floor().to(torch.int16)
-    if bool((classes.diff() <= 0).all()):
-        return torch.empty(0, dtype=torch.int32)
-    return classes.argsort(descending=True, stable=True).to(torch.int32)

@@ -20,20 +20,30 @@ from torch import Tensor
 __all__ = ["read", "write"]
 
 FORMAT = "deeprec.ItemIndex"
-VERSION = "2"
+VERSION = "3"
 LINE = 64
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.int32: "I32",
+    torch.int16: "I16",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
     torch.uint8: "U8",
 }
 # Codes come first, on a cache line, then wider elements before narrower ones: all are aligned.
-ORDER = ("codes", "center", "bounds", "order", "items")
+ORDER = ("codes", "center", "bounds", "order", "cluster", "fine_bounds", "items", "fine")
 REQUIRED = {"items": ("F32", "BF16", "F16")}
-TABLE = {"codes": "U8", "bounds": "F32", "order": "I32", "center": "F64"}
+# The prefilter as the kernels want it (csrc/cpu/topk.h, Prefilter).
+TABLE = {
+    "codes": "U8",
+    "bounds": "F32",
+    "order": "I32",
+    "center": "F64",
+    "cluster": "I32",
+    "fine": "I16",
+    "fine_bounds": "F32",
+}
 SETTINGS = {"metric": ("ip", "cosine"), "prefilter": ("auto", "none")}
 CHUNK = 1 << 24
 
@@ -161,11 +171,17 @@ def _check_entries(entries: dict[str, Any], metadata: dict[str, Any], size: int)
     if set(entries) != {"items", *TABLE}:
         raise ValueError("an incomplete prefilter")
     blocks, quads, block_rows = _C.topk_code_shape(rows, dim)
+    centers, fine = entries["center"]["shape"][0], entries["fine"]["shape"][0]
+    if fine not in (0, rows):
+        raise ValueError("fine does not fit the items")
     shapes = {
         "codes": ([blocks, quads, block_rows, 4],),
         "bounds": ([blocks, 3],),
         "order": ([0], [rows]),
-        "center": ([0], [dim]),
+        "center": ([centers, dim],),
+        "cluster": ([blocks] if centers > 1 else [0],),
+        "fine": ([fine, dim],),
+        "fine_bounds": ([blocks, 2] if fine else [0, 2],),
     }
     for name, dtype in TABLE.items():
         if entries[name]["dtype"] != dtype or entries[name]["shape"] not in shapes[name]:

@@ -30,7 +30,7 @@ def _forward(call: LinearCall, values: Tensor, entropy: Tensor | None, states: T
             values=address(values),
             entropy=address(entropy),
             states=address(states),
-            workspace=address(workspace),
+            workspace=(address(workspace), workspace.nbytes),
             stream=target.stream,
         )
 
@@ -54,7 +54,7 @@ def _backward(call: LinearCall, upstream: Upstream, gradients: Gradients) -> Non
             problem.native,
             io,
             order=problem.order,
-            workspace=address(workspace),
+            workspace=(address(workspace), workspace.nbytes),
             stream=target.stream,
         )
 

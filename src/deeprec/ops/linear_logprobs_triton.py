@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deeprec import backends
-from deeprec.ops.gpu import why_not_triton
+from deeprec.ops.gpu import float32_products, why_not_triton
 from deeprec.ops.linear_logprobs_op import Gradients, LinearCall, define, why_not_float64
 from deeprec.ops.logprob_checks import check_range, reads_values
 from deeprec.ops.logprobs_op import Upstream
@@ -50,7 +50,7 @@ class _Problem(LinearCall):
     def entry_logits(self, entry_rows: Tensor) -> Tensor:
         """float32 ``[nnz]``: the logits of the permitted ids, and no others."""
         from deeprec.kernels import LAUNCH
-        from deeprec.kernels import linear_logprobs as kernels
+        from deeprec.kernels import linear_logprobs_limited as kernels
 
         logits = torch.empty(len(entry_rows), dtype=torch.float32, device=entry_rows.device)
         kernels.sparse_logits[(-(-len(entry_rows) // ENTRIES),)](
@@ -79,19 +79,11 @@ class _Problem(LinearCall):
 
     def dot(self, dtype: torch.dtype) -> dict[str, Any]:
         """How products of this dtype are computed, for the kernels' constants."""
-        import triton
         import triton.language as tl
 
-        from deeprec.ops.gpu import interpreting
-
-        nvidia = (
-            not interpreting()
-            and triton.runtime.driver.active.get_current_target().backend == "cuda"
-        )
         return {
             "DOT": getattr(tl, str(dtype).removeprefix("torch.")),
-            # Three TF32 products make up a float32 one; AMD multiplies float32 itself.
-            "PRECISION": "tf32x3" if nvidia and dtype == torch.float32 else "ieee",
+            "PRECISION": float32_products() if dtype == torch.float32 else "ieee",
         }
 
     def common_dtype(self, *, backward: bool) -> torch.dtype:
@@ -117,6 +109,7 @@ def _launch_forward(p: _Problem, values: Tensor, entropy: Tensor | None, states:
 
     from deeprec.kernels import LAUNCH
     from deeprec.kernels import linear_logprobs as kernels
+    from deeprec.kernels import linear_logprobs_limited as limited
 
     dtype = p.common_dtype(backward=False)
     splits = triton.cdiv(p.vocabulary, kernels.SPLIT)
@@ -156,7 +149,7 @@ def _launch_forward(p: _Problem, values: Tensor, entropy: Tensor | None, states:
         **LAUNCH,
     )
     if p.limited():
-        kernels.sparse_softmax[(p.rows,)](
+        limited.sparse_softmax[(p.rows,)](
             p.entry_logits(p.entry_rows()),
             p.ids,
             p.mask,
@@ -166,6 +159,7 @@ def _launch_forward(p: _Problem, values: Tensor, entropy: Tensor | None, states:
             entropy,
             states,
             p.rows,
+            p.vocabulary,
             p.inverse,
             BLOCK=PERMITTED,
             **LAUNCH,
@@ -228,7 +222,7 @@ class _Backward:
     def _entries(self) -> tuple[Tensor, ...]:
         """Order by token, first of every token, row and gradient of the permitted ids."""
         from deeprec.kernels import LAUNCH
-        from deeprec.kernels import linear_logprobs as kernels
+        from deeprec.kernels import linear_logprobs_limited as kernels
 
         p = self.p
         assert p.permitted is not None
@@ -260,7 +254,7 @@ class _Backward:
         import triton
 
         from deeprec.kernels import LAUNCH
-        from deeprec.kernels import linear_logprobs as kernels
+        from deeprec.kernels import linear_logprobs_backward as kernels
 
         p = self.p
         kernels.linear_grad_logits[
@@ -298,7 +292,7 @@ class _Backward:
         import triton
 
         from deeprec.kernels import LAUNCH
-        from deeprec.kernels import linear_logprobs as kernels
+        from deeprec.kernels import linear_logprobs_backward as kernels
 
         p = self.p
         kernels.linear_grad_hidden[
@@ -337,7 +331,7 @@ class _Backward:
         import triton
 
         from deeprec.kernels import LAUNCH
-        from deeprec.kernels import linear_logprobs as kernels
+        from deeprec.kernels import linear_logprobs_backward as kernels
 
         p = self.p
         order, start, rows, gradient = self.entries or (None,) * 4
@@ -377,7 +371,7 @@ class _Backward:
         import triton
 
         from deeprec.kernels import LAUNCH
-        from deeprec.kernels import linear_logprobs as kernels
+        from deeprec.kernels import linear_logprobs_limited as kernels
 
         p = self.p
         assert self.entries is not None

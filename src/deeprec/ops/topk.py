@@ -143,10 +143,11 @@ def check_search(
 # ---- the op ----
 
 _LIBRARY = torch.library.Library("deeprec", "FRAGMENT")
-# table: none, or [codes, bounds, order, center] of an index's prefilter, the last two maybe empty.
+# table: none, or the tensors of an index's prefilter (TABLE of index_file.py says which); all but
+# codes and bounds may be empty. counts [2, B]: exact scores, and scores by 16-bit codes.
 _LIBRARY.define(
     "topk(Tensor queries, Tensor items, Tensor[]? table, Tensor? offsets, Tensor? ids, "
-    "SymInt k, str backend) -> (Tensor values, Tensor indices, Tensor rescored)"
+    "SymInt k, str backend) -> (Tensor values, Tensor indices, Tensor counts)"
 )
 _LIBRARY.define("normalize_rows(Tensor vectors, str name) -> Tensor")
 
@@ -156,7 +157,7 @@ def outputs(queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return (
         queries.new_empty(count, k),
         queries.new_empty(count, k, dtype=torch.int64),
-        queries.new_empty(count, dtype=torch.int64),
+        queries.new_zeros(2, count, dtype=torch.int64),
     )
 
 
@@ -220,11 +221,23 @@ def item_rows(items: Tensor) -> _C.ItemRows:
 
 
 def prefilter_view(table: list[Tensor] | None) -> _C.Prefilter:
-    """The kernels' view of an index's codes, bounds, order and center; None or [] is without."""
-    return _C.Prefilter(*map(pointer, table or (None,) * 4))
+    """The kernels' view of an index's prefilter; None or [] is without."""
+    if not table:
+        return _C.Prefilter()
+    codes, bounds, order, center, cluster, fine, fine_bounds = table
+    return _C.Prefilter(
+        codes=pointer(codes),
+        bounds=pointer(bounds),
+        order=pointer(order),
+        center=pointer(center),
+        centers=len(center),
+        cluster=pointer(cluster),
+        fine=pointer(fine),
+        fine_bounds=pointer(fine_bounds),
+    )
 
 
-def _run_cpu(
+def run_cpu(
     queries: Tensor,
     items: Tensor,
     table: list[Tensor] | None,
@@ -232,7 +245,7 @@ def _run_cpu(
     ids: Tensor | None,
     k: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    values, indices, rescored = answer = outputs(queries, k)
+    values, indices, counts = answer = outputs(queries, k)
     _C.topk_search(
         item_rows(items),
         prefilter_view(table),
@@ -240,7 +253,7 @@ def _run_cpu(
         len(queries),
         k,
         (pointer(offsets), pointer(ids)),
-        (values.data_ptr(), indices.data_ptr(), rescored.data_ptr()),
+        (values.data_ptr(), indices.data_ptr(), counts[0].data_ptr(), counts[1].data_ptr()),
         torch.get_num_threads(),
     )
     return answer
@@ -258,14 +271,16 @@ def _run_reference(
         row = int((~queries.isfinite()).any(1).nonzero()[0])
         raise ValueError(f"queries: row {row} holds NaN or infinity; every query must be finite")
     values, indices = reference.topk(queries, items, offsets, ids, k)
-    return values, indices, indices.new_full((len(queries),), len(items))
+    counts = indices.new_zeros(2, len(queries))
+    counts[0] = len(items)
+    return values, indices, counts
 
 
 def _why_not_cpu(queries: Tensor, items: Tensor, k: int = 1) -> str | None:
     return None if queries.device.type == "cpu" else f"tensors are on {queries.device}"
 
 
-backends.register(OP, "cpu", _run_cpu, _why_not_cpu)
+backends.register(OP, "cpu", run_cpu, _why_not_cpu)
 backends.register(OP, "reference", _run_reference, lambda queries, items, k=1: None)
 
 

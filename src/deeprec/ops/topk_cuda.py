@@ -25,13 +25,13 @@ def _run(
     ids: Tensor | None,
     k: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    values, indices, rescored = answer = outputs(queries, k)
+    values, indices, counts = answer = outputs(queries, k)
     if len(queries) == 0:
         return answer
     with cuda.on(queries) as target:
         request = target.kernels.TopkRequest(
             rows=item_rows(items),
-            filter=prefilter_view(table),
+            filter=prefilter_view(table if table and len(table[4]) == 0 else None),
             queries=queries.data_ptr(),
             count=len(queries),
             k=k,
@@ -42,7 +42,7 @@ def _run(
         workspace = torch.empty(needed, dtype=torch.uint8, device=queries.device)
         target.kernels.topk_search(
             request,
-            answer=(values.data_ptr(), indices.data_ptr(), rescored.data_ptr()),
+            answer=(values.data_ptr(), indices.data_ptr(), counts.data_ptr()),
             workspace=(workspace.data_ptr(), needed),
             stream=target.stream,
         )

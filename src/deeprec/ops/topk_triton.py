@@ -78,9 +78,9 @@ def run(
     batch, count = len(queries), len(items)
     values = queries.new_full((batch, k), -torch.inf)
     indices = queries.new_full((batch, k), -1, dtype=torch.int64)
-    rescored = queries.new_zeros(batch, dtype=torch.int64)
+    counts = queries.new_zeros(2, batch, dtype=torch.int64)
     if batch == 0 or count == 0:
-        return values, indices, rescored
+        return values, indices, counts
     if ids is not None and len(ids) == 0:
         offsets = ids = None
     plan = _Plan(batch, count, items.shape[1], min(k, count), kernels.GROUP)
@@ -93,9 +93,9 @@ def run(
                 items,
                 None if offsets is None else offsets[first : first + plan.round + 1],
                 ids,
-                (values[some, : plan.k], indices[some, : plan.k], rescored[some]),
+                (values[some, : plan.k], indices[some, : plan.k], counts[0, some]),
             )
-    return values, indices, rescored
+    return values, indices, counts
 
 
 def _search(

@@ -4,6 +4,7 @@ from deeprec.trm import (  # noqa: F401  # each adds its backend to the ops
     packed_cpu,
     packed_cuda,
     packed_reference,
+    packed_triton,
 )
 from deeprec.trm.config import TRMConfig
 from deeprec.trm.examples import WrittenPreference

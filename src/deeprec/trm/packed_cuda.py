@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -11,12 +11,10 @@ from torch import Tensor
 from deeprec import backends
 from deeprec.ops import SeenItems, TopK, cuda
 from deeprec.trm import packed_op
-from deeprec.trm.layers import EncoderLayer
-from deeprec.trm.packing import adapted_texts, filter_in_time
+from deeprec.trm.packing import row_major_tensors
 from deeprec.trm.request import Request, excluded_rows
 
 if TYPE_CHECKING:
-    from deeprec.trm.model import PreferenceAwareTRM
     from deeprec.trm.packed import PackedTRM
 
 __all__: list[str] = []
@@ -29,7 +27,7 @@ class _Model:
     """The kernels' view of a TRM, and the tensors it points into."""
 
     def __init__(self, packed: PackedTRM, kernels: Any) -> None:
-        self.tensors = _tensors(packed.module())
+        self.tensors = row_major_tensors(packed.module())
         padding = any(bool(self.tensors[name][0].any()) for name in ("items", "texts"))
         self.native = kernels.TRMModel(
             {**packed.sizes, "padding_row": padding},
@@ -39,40 +37,6 @@ class _Model:
 
 
 _MODELS: WeakKeyDictionary[PackedTRM, _Model] = WeakKeyDictionary()
-
-
-@torch.no_grad()
-def _tensors(model: PreferenceAwareTRM) -> dict[str, Tensor]:
-    experts: list[Tensor] = [
-        expert.get_parameter("lin.weight") for expert in model.moe_adaptor.experts
-    ]
-    tensors: dict[str, Tensor] = {
-        "items": model.item_embedding.weight,
-        "texts": adapted_texts(model),
-        "kernel": filter_in_time(model),
-        "gates.weight": torch.cat([model.item_gating.weight, model.fusion_gating.weight]),
-        "gates.bias": torch.cat([model.item_gating.bias, model.fusion_gating.bias]),
-        "positions": model.position_embedding.weight,
-        "adaptor.gate": model.moe_adaptor.w_gate.T,
-        "adaptor.experts": torch.cat(experts),
-    }
-    modules: dict[str, Any] = {"input_norm": model.LayerNorm, "output_norm": model.OutLayerNorm}
-    for index, module in enumerate(model.trm_encoder.layer):
-        layer, name = cast(EncoderLayer, module), f"layer.{index}."
-        attention, feed = layer.multi_head_attention, layer.feed_forward
-        parts = (attention.query, attention.key, attention.value)
-        tensors[name + "project.weight"] = torch.cat([part.weight for part in parts])
-        tensors[name + "project.bias"] = torch.cat([part.bias for part in parts])
-        modules |= {
-            name + "out": attention.out_linear,
-            name + "up": feed.linear_1,
-            name + "down": feed.linear_2,
-            name + "attention_norm": attention.LayerNorm,
-            name + "feed_norm": feed.LayerNorm,
-        }
-    for name, module in modules.items():
-        tensors[name + ".weight"], tensors[name + ".bias"] = module.weight, module.bias
-    return {name: tensor.detach().float().contiguous() for name, tensor in tensors.items()}
 
 
 def _history(packed: PackedTRM, asked: Request) -> Tensor:
@@ -95,7 +59,7 @@ def _history(packed: PackedTRM, asked: Request) -> Tensor:
             shape=(count, width),
             histories=(history.data_ptr(), starts.data_ptr(), last.data_ptr()),
             states=states.data_ptr(),
-            workspace=workspace.data_ptr(),
+            workspace=(workspace.data_ptr(), size),
             stream=target.stream,
         )
     return states
@@ -117,7 +81,7 @@ def _user_vectors(packed: PackedTRM, asked: Request) -> Tensor:
             states=states.data_ptr(),
             preference=0 if preference is None else preference.data_ptr(),
             users=users.data_ptr(),
-            workspace=workspace.data_ptr(),
+            workspace=(workspace.data_ptr(), size),
             stream=target.stream,
         )
     return users

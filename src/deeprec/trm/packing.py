@@ -1,4 +1,4 @@
-"""A TRM's parameters in the layout of the fused kernel (``csrc/cpu/trm.h``).
+"""A TRM's parameters in the layouts of the fused kernels (``csrc/cpu/trm.h``, and the GPU's).
 
 Everything that does not depend on a request is computed here: the adaptor of every item's text,
 the convolution's filter in time, scaled queries, weights in panels of 32 columns. Widths are
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from deeprec.trm.layers import EncoderLayer
 if TYPE_CHECKING:
     from deeprec.trm.model import PreferenceAwareTRM
 
-__all__ = ["adapted_texts", "filter_in_time", "pack_tensors", "sizes"]
+__all__ = ["pack_tensors", "row_major_tensors", "sizes"]
 
 PANEL = 32
 # Item texts that go through the adaptor at once.
@@ -115,6 +115,45 @@ def pack_tensors(model: PreferenceAwareTRM, dtype: torch.dtype) -> dict[str, Ten
         tensors |= _norm(name + "attention_norm", attention.LayerNorm)
         tensors |= _norm(name + "feed_norm", feed.LayerNorm)
     return tensors
+
+
+@torch.no_grad()
+def row_major_tensors(model: PreferenceAwareTRM) -> dict[str, Tensor]:
+    """What the GPU kernels take, by name: float32, weights ``[out, in]``, nothing padded.
+
+    ``adaptor.gate`` is ``[experts, text_dim]``, ``adaptor.experts`` ``[experts · hidden,
+    text_dim]``, ``layer.N.project`` queries, keys and values one below the other.
+    """
+    experts: list[Tensor] = [
+        expert.get_parameter("lin.weight") for expert in model.moe_adaptor.experts
+    ]
+    tensors: dict[str, Tensor] = {
+        "items": model.item_embedding.weight,
+        "texts": adapted_texts(model),
+        "kernel": filter_in_time(model),
+        "gates.weight": torch.cat([model.item_gating.weight, model.fusion_gating.weight]),
+        "gates.bias": torch.cat([model.item_gating.bias, model.fusion_gating.bias]),
+        "positions": model.position_embedding.weight,
+        "adaptor.gate": model.moe_adaptor.w_gate.T,
+        "adaptor.experts": torch.cat(experts),
+    }
+    modules: dict[str, Any] = {"input_norm": model.LayerNorm, "output_norm": model.OutLayerNorm}
+    for index, module in enumerate(model.trm_encoder.layer):
+        layer, name = cast(EncoderLayer, module), f"layer.{index}."
+        attention, feed = layer.multi_head_attention, layer.feed_forward
+        parts = (attention.query, attention.key, attention.value)
+        tensors[name + "project.weight"] = torch.cat([part.weight for part in parts])
+        tensors[name + "project.bias"] = torch.cat([part.bias for part in parts])
+        modules |= {
+            name + "out": attention.out_linear,
+            name + "up": feed.linear_1,
+            name + "down": feed.linear_2,
+            name + "attention_norm": attention.LayerNorm,
+            name + "feed_norm": feed.LayerNorm,
+        }
+    for name, module in modules.items():
+        tensors[name + ".weight"], tensors[name + ".bias"] = module.weight, module.bias
+    return {name: tensor.detach().float().contiguous() for name, tensor in tensors.items()}
 
 
 def filter_in_time(model: PreferenceAwareTRM) -> Tensor:

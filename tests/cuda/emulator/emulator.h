@@ -8,6 +8,7 @@
 #include <functional>
 #include <limits>
 
+#include "launches.h"
 #include "mma.h"
 #include "warp.h"
 
@@ -278,6 +279,8 @@ inline float exp2_approx(float x) {
 template <class... Parameters, class... Arguments>
 void launch_on(dim3 grid, dim3 block, int smem, void*, const char* name,
                void (*kernel)(Parameters...), Arguments... arguments) {
+  emulator::record_launch(reinterpret_cast<const void*>(kernel), grid, block, smem,
+                          Parameters(arguments)...);
   emulator::run(name, grid, block, smem, [=] { kernel(Parameters(arguments)...); });
 }
 

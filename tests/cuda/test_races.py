@@ -1,0 +1,48 @@
+"""That the race checker's answers are of these sources, and that it notices what it is for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import races
+from evidence import CUDA, RESULT, sources_digest
+from test_emulator import mutated
+
+needs_tools = pytest.mark.skipif(
+    shutil.which("nvcc") is None or find_spec("sentryward") is None,
+    reason="needs nvcc and sentryward",
+)
+
+
+def test_cuda_race_evidence_is_of_these_sources() -> None:
+    stored = json.loads(races.RESULT.read_text())
+    assert stored["sources"] == sources_digest(), (
+        "csrc/cuda has changed: run python tests/cuda/races.py"
+    )
+    assert set(stored["kernels"]) == set(json.loads(RESULT.read_text())["kernels"])
+    results = {kernel["result"] for kernel in stored["kernels"].values()}
+    undecided = {"unsupported", "timeout", "analysis_budget_exceeded", "not launched"}
+    assert results <= {"race_free", *undecided}
+    for part in ("trm_dense", "trm_norm", "trm_fuse"):
+        assert all(
+            kernel["result"] == "race_free"
+            for name, kernel in stored["kernels"].items()
+            if name.startswith(part)
+        )
+
+
+@needs_tools
+@pytest.mark.parametrize("barrier", [True, False])
+def test_cuda_race_checker_notices_a_removed_barrier(tmp_path: Path, barrier: bool) -> None:
+    """The ring of stages that every product goes through, with its barrier and without."""
+    line = "    __syncthreads();  // the stage is complete"
+    new = line if barrier else "    // the stage is complete"
+    folder = mutated(CUDA, tmp_path / "cuda", "mma_tile.cuh", line, new)
+    name = "trm_dense_kernel<(Epilogue)0>"
+    launched = races.by_kernel(races.small_trm())[name]
+    found = races.check(races.compile_ptx(folder, "trm.cu")[name], launched)
+    assert found["result"] == ("race_free" if barrier else "potential_race")
