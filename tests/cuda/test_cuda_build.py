@@ -34,7 +34,7 @@ def test_a_cuda_launch_without_a_driver_is_an_error() -> None:
     rows = _C.ItemRows(0, 0, 1, 1, "float32")
     request = _C.cuda.TopkRequest(
         rows=rows,
-        filter=_C.Prefilter(0, 0, 0, 0),
+        filter=_C.Prefilter(),
         queries=0,
         count=1,
         k=1,
