@@ -2,8 +2,9 @@
 
 No data set comes with the preferences of its users, so they are made up from what is known:
 phrases about the user's recent items, about items like the target, and about something else
-altogether. The shares decide how far the TRM trusts a preference: with too many informative ones
-an honest but wrong guess hurts more than no preference.
+altogether. The shares decide how far the TRM trusts a preference. With few about the target it
+ignores them, and nothing that a policy asks for changes what it finds; with nothing else its
+ranking without a preference suffers (docs/RESULTS.md).
 """
 
 from __future__ import annotations
