@@ -30,7 +30,7 @@ from deeprec.pipeline.stages import (
     stage_requests,
     train_recommenders,
 )
-from deeprec.rl import OptimizerConfig, RLConfig, StageConfig, Trainer
+from deeprec.rl import LossConfig, OptimizerConfig, RLConfig, StageConfig, Trainer
 from deeprec.rollout import Trajectory, rollout
 
 pytestmark = pytest.mark.slow
@@ -158,7 +158,7 @@ def stage(name: str, reward: str, steps: int, lr: float) -> StageConfig:
 
 
 def test_stage_1_from_a_rough_start(study: Study) -> None:
-    parts = study.parts("rough", stage("stage1", "cold", 30, 2e-4), conversations=3000)
+    parts = study.parts("rough", stage("stage1", "cold", 30, 1e-4), conversations=3000)
     before, after = study.train(parts)
     figures = [
         {
@@ -178,6 +178,8 @@ def test_stage_1_from_a_rough_start(study: Study) -> None:
 
 def test_stage_2_from_the_format_alone(study: Study) -> None:
     parts = study.parts("format", stage("stage2", "rec", 60, 3e-4), knowledge="none")
+    # There is nothing to hold on to.
+    parts.config.rl = replace(parts.config.rl, loss=LossConfig())
     before, after = (evaluate_trajectories(talks) for talks in study.train(parts))
     gain = ndcg_gain(after, before)
     trm = evaluate_trm(parts.trm("valid"), study.sample, exclude_history=True)
@@ -186,7 +188,7 @@ def test_stage_2_from_the_format_alone(study: Study) -> None:
 
 
 def test_stage_2_from_the_best_start(study: Study) -> None:
-    parts = study.parts("best", stage("stage2", "rec", 30, 1e-4))
+    parts = study.parts("best", stage("stage2", "rec", 30, 5e-5))
     before, after = (evaluate_trajectories(talks) for talks in study.train(parts))
     gain = ndcg_gain(after, before)
     print(gain)
