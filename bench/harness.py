@@ -59,6 +59,16 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - before
 
 
+def peak_megabytes() -> float:
+    """The largest resident set of this program so far.
+
+    Not ``ru_maxrss``: that starts at the size of the process that launched this one, and hides
+    whatever grows below it.
+    """
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
 def median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,7 +23,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import recbole_peer
-from harness import Table
+from harness import Table, peak_megabytes
 
 import deeprec
 from deeprec.integrations import patching
@@ -161,9 +160,9 @@ def measure_growth(threads: str, _: str, who: str, dtype: str, *numbers: str) ->
     small()  # loads code and thread pools
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter).add_(1)  # touched, so resident
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_megabytes()
     step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return peak_megabytes() - before
 
 
 @pytest.fixture(scope="module")

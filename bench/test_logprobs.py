@@ -9,7 +9,6 @@ compile first, up to a minute a shape and dtype, out of all but COMPILED.
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -22,7 +21,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from harness import Table
+from harness import Table, peak_megabytes
 from logprob_peers import HOLDS_LOGITS, Peer, gather_peers, linear_peers
 
 from deeprec import gather_logprobs, linear_logprobs
@@ -189,13 +188,10 @@ def megabytes_of(name: str, rows: int, size: int, vocabulary: int, dtype: str) -
     peer(*problem(64, 64)).sum().backward()
     hidden, weight, ids = problem(rows, vocabulary)
 
-    def peak() -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-    before = peak()
+    before = peak_megabytes()
     peer(hidden, weight, ids).sum().backward()
     returned = hidden.nbytes + weight.nbytes
-    return (peak() - before - returned) / 2**20
+    return peak_megabytes() - before - returned / 2**20
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
