@@ -206,7 +206,8 @@ def test_a_training_survives_an_engine_that_dies_and_saves_when_it_keeps_dying(
     # Each attempt starts a vLLM. The package gives the function the module's name.
     monkeypatch.setattr(sys.modules["deeprec.rollout.rollout"], "ENGINE_ATTEMPTS", 2)
     world = rl_world.make_world(hidden=64)
-    sampling = SamplingConfig(max_turn_tokens=16, max_tokens=400)
+    world.warm_start(60)  # conversations that never end are not trained on
+    sampling = SamplingConfig(max_turn_tokens=64, max_tokens=400)
     options = replace(OPTIONS, timeout=60.0)
     engine = VLLMEngine(world.policy, world.engine.tokenizer, sampling, options=options)
     killed = 0
