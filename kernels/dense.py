@@ -7,6 +7,8 @@ to the device alone.
 import triton
 import triton.language as tl
 
+from deeprec.kernels.product import product_tile
+
 # Rows are few in serving, so that the smaller tile often wins.
 DENSE_CONFIGS = [
     triton.Config({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=4, num_stages=3),
@@ -30,44 +32,6 @@ def normalize(x, channels, hidden, weight, bias, eps):
     scale = tl.load(weight + channels, mask=real, other=0.0)
     shift = tl.load(bias + channels, mask=real, other=0.0)
     return centred / deviation[:, None] * scale[None, :] + shift[None, :]
-
-
-@triton.jit
-def product_tile(
-    x,
-    weight,
-    bias,
-    source,
-    present,
-    columns,
-    inputs,
-    outputs,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """``[BLOCK_M, BLOCK_N]`` of x Wᵀ + b for the rows ``source`` of x; W ``[outputs, inputs]``."""
-    inside = columns < outputs
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for first in range(0, inputs, BLOCK_K):
-        at = first + tl.arange(0, BLOCK_K)
-        known = at < inputs
-        a = tl.load(
-            x + source[:, None] * inputs + at[None, :],
-            mask=present[:, None] & known[None, :],
-            other=0.0,
-        )
-        b = tl.load(
-            weight + columns[None, :].to(tl.int64) * inputs + at[:, None],
-            mask=inside[None, :] & known[:, None],
-            other=0.0,
-        )
-        acc = tl.dot(a.to(DOT), b, acc, input_precision=PRECISION)
-    if bias is not None:
-        acc += tl.load(bias + columns, mask=inside, other=0.0)[None, :]
-    return acc
 
 
 @triton.jit
@@ -106,27 +70,25 @@ def dense(
         if chosen is not None:
             source = tl.load(chosen + row, mask=present, other=0)
         columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = columns < outputs
         y = product_tile(
-            x,
-            weight,
-            bias,
-            source,
+            x + source * inputs,
             present,
-            columns,
+            weight + columns.to(tl.int64) * inputs,
+            inside,
             inputs,
-            outputs,
-            BLOCK_M,
-            BLOCK_N,
             BLOCK_K,
             DOT,
             PRECISION,
         )
+        if bias is not None:
+            y += tl.load(bias + columns, mask=inside, other=0.0)[None, :]
         if GELU:
             y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
         tl.store(
             out + row[:, None].to(tl.int64) * outputs + columns[None, :],
             y,
-            mask=present[:, None] & (columns < outputs)[None, :],
+            mask=present[:, None] & inside[None, :],
         )
 
 
@@ -162,22 +124,19 @@ def dense_norm(
     present = row < count
     if tl.program_id(0) * BLOCK_M < count:
         columns = tl.arange(0, BLOCK_N)
-        valid = present[:, None] & (columns < outputs)[None, :]
+        inside = columns < outputs
         y = product_tile(
-            x,
-            weight,
-            bias,
-            row.to(tl.int64),
+            x + row.to(tl.int64) * inputs,
             present,
-            columns,
+            weight + columns.to(tl.int64) * inputs,
+            inside,
             inputs,
-            outputs,
-            BLOCK_M,
-            BLOCK_N,
             BLOCK_K,
             DOT,
             PRECISION,
         )
+        y += tl.load(bias + columns, mask=inside, other=0.0)[None, :]
+        valid = present[:, None] & inside[None, :]
         source = row.to(tl.int64)
         if chosen is not None:
             source = tl.load(chosen + row, mask=present, other=0)

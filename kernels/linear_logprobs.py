@@ -12,6 +12,7 @@ in ``linear_logprobs_backward``.
 import triton
 import triton.language as tl
 
+from deeprec.kernels.product import product_tile
 from deeprec.kernels.softmax import LOWEST, merge_lanes
 
 # Columns a program of the forward pass goes through. A multiple of every BLOCK_V; small enough
@@ -39,42 +40,43 @@ def dense_rows(mask, offsets, rows, count):
 
 @triton.jit
 def logits_tile(
-    hidden,
+    hidden_rows,
+    dense,
     weight,
     bias,
-    rows,
-    dense,
     columns,
     vocabulary,
     size,
-    hidden_stride,
     weight_stride,
-    BLOCK_T: tl.constexpr,
-    BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``[BLOCK_T, BLOCK_V]`` of logits in float32; −inf beyond the vocabulary."""
+    """Logits in float32 of the rows that ``hidden_rows`` points to; −inf beyond the vocabulary."""
     inside = columns < vocabulary
-    acc = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
-    for first in range(0, size, BLOCK_H):
-        at = first + tl.arange(0, BLOCK_H)
-        present = at < size
-        a = tl.load(
-            hidden + rows[:, None] * hidden_stride + at[None, :],
-            mask=dense[:, None] & present[None, :],
-            other=0.0,
-        )
-        b = tl.load(
-            weight + columns[None, :].to(tl.int64) * weight_stride + at[:, None],
-            mask=inside[None, :] & present[:, None],
-            other=0.0,
-        )
-        acc = tl.dot(a.to(DOT), b.to(DOT), acc, input_precision=PRECISION)
+    weight_rows = weight + columns.to(tl.int64) * weight_stride
+    x = product_tile(hidden_rows, dense, weight_rows, inside, size, BLOCK_H, DOT, PRECISION)
     if bias is not None:
-        acc += tl.load(bias + columns, mask=inside, other=0.0)[None, :]
-    return tl.where(inside[None, :], acc, float("-inf"))
+        x += tl.load(bias + columns, mask=inside, other=0.0)[None, :]
+    return tl.where(inside[None, :], x, float("-inf"))
+
+
+@triton.jit
+def of_rows(grad_values, grad_entropy, entropy, states, rows, valid):
+    """What the backward pass is told of a row.
+
+    The value's gradient, the entropy's, the entropy, the largest logit, Σ e.
+    """
+    incoming = tl.load(grad_values + rows, mask=valid, other=0.0)
+    if grad_entropy is None:
+        of_entropy = incoming * 0.0
+        spread = incoming * 0.0
+    else:
+        of_entropy = tl.load(grad_entropy + rows, mask=valid, other=0.0)
+        spread = tl.load(entropy + rows, mask=valid, other=0.0)
+    top = tl.load(states + 2 * rows, mask=valid, other=0.0)
+    total = tl.load(states + 2 * rows + 1, mask=valid, other=1.0)
+    return incoming, of_entropy, spread, top, total
 
 
 @triton.autotune(configs=FORWARD_TILES, key=KEY)
@@ -115,18 +117,14 @@ def linear_forward(
     for first in range(begin, end, BLOCK_V):
         columns = first + tl.arange(0, BLOCK_V)
         x = logits_tile(
-            hidden,
+            hidden + rows * hidden_stride,
+            dense,
             weight,
             bias,
-            rows,
-            dense,
             columns,
             vocabulary,
             size,
-            hidden_stride,
             weight_stride,
-            BLOCK_T,
-            BLOCK_V,
             BLOCK_H,
             DOT,
             PRECISION,

@@ -9,7 +9,7 @@ Wijmans et al., Cut your losses (2024).
 import triton
 import triton.language as tl
 
-from deeprec.kernels.linear_logprobs import KEY, LARGE, SMALL, dense_rows, logits_tile
+from deeprec.kernels.linear_logprobs import KEY, LARGE, SMALL, dense_rows, logits_tile, of_rows
 from deeprec.kernels.softmax import gradient_of_logit
 
 GRADIENT_TILES = [triton.Config(SMALL, num_warps=4, num_stages=3), LARGE]
@@ -58,32 +58,22 @@ def linear_grad_logits(
         at = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
         columns = first_column + at
         x = logits_tile(
-            hidden,
+            hidden + rows * hidden_stride,
+            dense,
             weight,
             bias,
-            rows,
-            dense,
             columns,
             vocabulary,
             size,
-            hidden_stride,
             weight_stride,
-            BLOCK_T,
-            BLOCK_V,
             BLOCK_H,
             DOT,
             PRECISION,
         )
         token = tl.load(ids + rows, mask=dense, other=-1)
-        incoming = tl.load(grad_values + rows, mask=dense, other=0.0)
-        if grad_entropy is None:
-            of_entropy = incoming * 0.0
-            spread = incoming * 0.0
-        else:
-            of_entropy = tl.load(grad_entropy + rows, mask=dense, other=0.0)
-            spread = tl.load(entropy + rows, mask=dense, other=0.0)
-        top = tl.load(states + 2 * rows, mask=dense, other=0.0)
-        total = tl.load(states + 2 * rows + 1, mask=dense, other=1.0)
+        incoming, of_entropy, spread, top, total = of_rows(
+            grad_values, grad_entropy, entropy, states, rows, dense
+        )
         gradient = gradient_of_logit(
             x,
             top[:, None],

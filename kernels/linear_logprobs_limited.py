@@ -8,7 +8,7 @@ value NaN, and one that is not permitted −inf.
 import triton
 import triton.language as tl
 
-from deeprec.kernels.linear_logprobs import dense_rows
+from deeprec.kernels.linear_logprobs import dense_rows, of_rows
 from deeprec.kernels.softmax import (
     LOWEST,
     add_logits,
@@ -122,16 +122,10 @@ def sparse_grad_logits(
     present = entry < entries
     row = tl.load(entry_row + entry, mask=present, other=0)
     valid = present & dense_rows(mask, None, row, count)
-    incoming = tl.load(grad_values + row, mask=valid, other=0.0)
-    if grad_entropy is None:
-        of_entropy = incoming * 0.0
-        spread = incoming * 0.0
-    else:
-        of_entropy = tl.load(grad_entropy + row, mask=valid, other=0.0)
-        spread = tl.load(entropy + row, mask=valid, other=0.0)
+    incoming, of_entropy, spread, top, total = of_rows(
+        grad_values, grad_entropy, entropy, states, row, valid
+    )
     x = tl.load(logits + entry, mask=valid, other=0.0)
-    top = tl.load(states + 2 * row, mask=valid, other=0.0)
-    total = tl.load(states + 2 * row + 1, mask=valid, other=1.0)
     gradient = gradient_of_logit(x, top, total, spread, incoming, of_entropy, inverse)
     own = tl.load(entry_token + entry, mask=present, other=-1) == tl.load(
         ids + row, mask=valid, other=-2

@@ -120,7 +120,6 @@ class Specialised:
         self.text = re.sub(rf"\.param \.{kind}[^\n,]*? {name}\b", pointer, self.text, count=1)
         if number == 0:
             self.arguments.append({"parameter": name, "type": "pointer", "value": None})
-            return
 
 
 class Folding:

@@ -12,6 +12,13 @@ import races
 from evidence import CUDA, RESULT, sources_digest
 from test_emulator import mutated
 
+# By the beginning of their names. In float the linear gradients are undecided: the tool cannot tell
+# that their tensors lie apart.
+PROVEN = (
+    *("trm_dense", "trm_norm", "trm_fuse", "topk_encode"),
+    *("bias_gradient", "row_gradients", "finish_tokens"),
+    *(f"{name}_kernel<Bf16>" for name in ("hidden_gradient", "weight_gradient", "logit_gradients")),
+)
 needs_tools = pytest.mark.skipif(
     shutil.which("nvcc") is None or find_spec("sentryward") is None,
     reason="needs nvcc and sentryward",
@@ -27,12 +34,9 @@ def test_cuda_race_evidence_is_of_these_sources() -> None:
     results = {kernel["result"] for kernel in stored["kernels"].values()}
     undecided = {"unsupported", "timeout", "analysis_budget_exceeded", "not launched"}
     assert results <= {"race_free", *undecided}
-    for part in ("trm_dense", "trm_norm", "trm_fuse"):
-        assert all(
-            kernel["result"] == "race_free"
-            for name, kernel in stored["kernels"].items()
-            if name.startswith(part)
-        )
+    for part in PROVEN:
+        own = {k["result"] for name, k in stored["kernels"].items() if name.startswith(part)}
+        assert own == {"race_free"}, part
 
 
 @needs_tools

@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
+import gpu_trm
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_trm import ask, assert_as_exact_as_eager, make
-from test_model import reference
+from small_trm import ask, make
 from test_packed import DATA
-
-from deeprec import backends
-from deeprec.ops import SeenItems
-from deeprec.trm import PreferenceAwareTRM
-
-
-def check(model, rows: int, seed: int = 0) -> None:
-    """User vectors, and the same from the states of an earlier turn."""
-    history, lengths, preference = ask(model, rows, seed)
-    packed = model.pack()
-    users = packed.user_vectors(history, lengths, preference, backend="cuda")
-    assert_as_exact_as_eager(model, users, history, lengths, preference)
-    states = packed.history_states(history, lengths, backend="cuda")
-    again = packed.user_vectors(None, None, preference, states=states, backend="cuda")
-    assert torch.equal(again, users)
 
 
 @settings(
@@ -48,16 +33,8 @@ def test_any_shape_gives_the_eager_vectors(
     padding_row,
     seed: int,
 ) -> None:
-    model = make(
-        seed,
-        padding_row=padding_row,
-        hidden=hidden * heads,
-        n_heads=heads,
-        n_layers=layers,
-        max_length=length,
-        n_experts=experts,
-    )
-    check(model, rows=5, seed=seed)
+    options = {"padding_row": padding_row, "n_experts": experts}
+    gpu_trm.check_any_shape("cuda", hidden, heads, layers, length, seed, **options)
 
 
 @pytest.mark.parametrize(
@@ -69,60 +46,33 @@ def test_any_shape_gives_the_eager_vectors(
     ids=["long", "wide"],
 )
 def test_the_ends_of_the_supported_range(emulated, options: dict[str, int]) -> None:
-    check(make(1, **options), rows=3)
+    gpu_trm.check(make(1, **options), "cuda", rows=3)
 
 
 def test_every_schedule_gives_the_same(every_schedule) -> None:
-    check(make(2, n_layers=1, n_experts=2), rows=3)
+    gpu_trm.check(make(2, n_layers=1, n_experts=2), "cuda", rows=3)
 
 
 @pytest.mark.parametrize("name", DATA)
 def test_reference_checkpoints(emulated, name: str) -> None:
-    config, state, data = reference(name)
-    model = PreferenceAwareTRM.from_reference(config, state)
-    asked = (data["item_seq"], data["item_seq_len"], data["query_text_emb"])
-    users = model.pack().user_vectors(*asked, backend="cuda")
-    torch.testing.assert_close(users, data["user_vector"], rtol=0, atol=1e-5)
+    gpu_trm.check_reference_checkpoint("cuda", name)
 
 
 def test_retrieval_merges_history_and_exclusions(emulated) -> None:
-    model = make(3)
-    history, lengths, preference = ask(model, 4)
-    exclude = SeenItems.from_lists([[1, 2], [], [5], [7, 9, 11]])
-    found = {
-        backend: model.pack().retrieve(
-            history, lengths, preference, 6, exclude=exclude, exclude_history=True, backend=backend
-        )
-        for backend in ("cuda", "reference")
-    }
-    assert torch.equal(found["cuda"].indices, found["reference"].indices)
-    torch.testing.assert_close(found["cuda"].values, found["reference"].values, atol=1e-5, rtol=0)
+    gpu_trm.check_retrieval_merges_history_and_exclusions("cuda")
 
 
 def test_no_preference_is_the_norm_of_the_states(emulated) -> None:
-    model = make(6)
-    history, lengths, _ = ask(model, 3)
-    users = model.pack().user_vectors(history, lengths, None, backend="cuda")
-    expected = model.OutLayerNorm(model.history_states(history, lengths)).detach()
-    torch.testing.assert_close(users, expected, atol=1e-5, rtol=0)
+    gpu_trm.check_no_preference_is_the_norm_of_the_states("cuda")
 
 
 def test_nobody_and_nonsense(emulated) -> None:
-    """No users; lengths and ids that nothing checks on a GPU stay inside the tables."""
-    model = make(4)
-    history, lengths, preference = ask(model, 3)
-    packed = model.pack()
-    assert packed.user_vectors(history[:0], lengths[:0], backend="cuda").shape == (0, 24)
-    history[0, 0], history[1, 0], lengths[2] = 10**9, -5, 10**6
-    assert packed.user_vectors(history, lengths, preference, backend="cuda").isfinite().all()
+    gpu_trm.check_nobody_and_nonsense("cuda")
 
 
 def test_refusals_are_explained(emulated) -> None:
+    gpu_trm.check_limits_are_explained("cuda")
     model = make(5)
     history, lengths, _ = ask(model, 2)
-    half = model.pack(torch.bfloat16)
     with pytest.raises(RuntimeError, match="weights are"):
-        half.user_vectors(history, lengths, backend="cuda")
-    assert "trm_user_vectors[cuda]: runs" in backends.explain(
-        "trm_user_vectors", model.pack(), history
-    )
+        model.pack(torch.bfloat16).user_vectors(history, lengths, backend="cuda")

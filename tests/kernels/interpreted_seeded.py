@@ -20,6 +20,7 @@ from deeprec import gather_logprobs, linear_logprobs, topk_retrieve
 from deeprec.kernels import linear_logprobs as linear_kernels
 from deeprec.kernels import linear_logprobs_backward as linear_backward_kernels
 from deeprec.kernels import logprobs as gather_kernels
+from deeprec.kernels import product as product_kernels
 from deeprec.kernels import softmax as softmax_kernels
 from deeprec.kernels import topk as topk_kernels
 from deeprec.kernels import trm as trm_kernels
@@ -74,6 +75,12 @@ FAULTS: dict[str, tuple[Callable[[str], torch.Tensor], ModuleType, str, str]] = 
         "inside = columns < vocabulary",
         "inside = columns <= vocabulary",
     ),
+    "depth one too long": (
+        linear,
+        product_kernels,
+        "known = at < depth",
+        "known = at <= depth",
+    ),
     "rows not rescaled": (
         linear,
         linear_kernels,
@@ -118,6 +125,12 @@ FAULTS: dict[str, tuple[Callable[[str], torch.Tensor], ModuleType, str, str]] = 
     ),
 }
 
+# Who uses which function of a module that no launcher imports.
+BORROWED = {
+    softmax_kernels: (gather_kernels, "add_logits"),
+    product_kernels: (linear_kernels, "product_tile"),
+}
+
 
 def mutant(module: ModuleType, before: str, after: str, folder: Path) -> ModuleType:
     source = inspect.getsource(module)
@@ -150,8 +163,9 @@ def test_triton_agrees_without_a_fault(run: Callable[[str], torch.Tensor]) -> No
 def test_triton_fault_is_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, module, before, after = FAULTS[name]
     changed = mutant(module, before, after, tmp_path)
-    if module is softmax_kernels:
-        monkeypatch.setattr(gather_kernels, "add_logits", changed.add_logits)
+    if module in BORROWED:
+        borrower, function = BORROWED[module]
+        monkeypatch.setattr(borrower, function, getattr(changed, function))
     else:
         monkeypatch.setattr(deeprec.kernels, module.__name__.rpartition(".")[2], changed)
         monkeypatch.setitem(sys.modules, module.__name__, changed)

@@ -22,12 +22,12 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def why_not_triton(tensor: Tensor) -> str | None:
-    """None where Triton kernels can run on ``tensor``, else the reason."""
-    if tensor.device.type == "cpu" and not interpreting():
-        return "tensors are on cpu; Triton needs an NVIDIA or AMD GPU"
-    if tensor.device.type not in ("cuda", "cpu"):  # torch calls AMD's devices cuda as well
-        return f"tensors are on {tensor.device}; Triton needs an NVIDIA or AMD GPU"
+def why_not_triton(*tensors: Tensor) -> str | None:
+    """None where Triton kernels can run on the tensors, else the reason."""
+    for tensor in tensors:
+        # torch calls AMD's devices cuda as well
+        if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and interpreting()):
+            return f"tensors are on {tensor.device}; Triton needs an NVIDIA or AMD GPU"
     if not INSTALLED:
         return "triton is not installed; pip install 'deeprec[gpu]'"
     return None

@@ -22,7 +22,7 @@ from torch import Tensor
 from deeprec import _C
 from deeprec.ops import ItemIndex, SeenItems, TopK
 from deeprec.trm import packed_op
-from deeprec.trm.packing import pack_tensors, sizes
+from deeprec.trm.packing import has_padding_row, pack_tensors, sizes
 
 if TYPE_CHECKING:
     from deeprec.trm.model import PreferenceAwareTRM
@@ -72,7 +72,7 @@ class PackedTRM:
     @cached_property
     def kernel_model(self) -> _C.TRMModel:
         """The kernel's view of :attr:`tensors`."""
-        padding = any(bool(self.tensors[name][0].any()) for name in ("items", "texts"))
+        padding = has_padding_row(self.tensors)
         return _C.TRMModel(
             {**self.sizes, "half": self.dtype == torch.bfloat16, "padding_row": padding},
             self.eps,

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from deeprec import backends
 from deeprec.ops import SeenItems, TopK, cuda
-from deeprec.trm import packed_op
-from deeprec.trm.packing import row_major_tensors
-from deeprec.trm.request import Request, excluded_rows
+from deeprec.trm import packed_gpu, packed_op
+from deeprec.trm.packing import has_padding_row, row_major_tensors
+from deeprec.trm.request import Request, search_items
 
 if TYPE_CHECKING:
     from deeprec.trm.packed import PackedTRM
@@ -28,7 +28,7 @@ class _Model:
 
     def __init__(self, packed: PackedTRM, kernels: Any) -> None:
         self.tensors = row_major_tensors(packed.module())
-        padding = any(bool(self.tensors[name][0].any()) for name in ("items", "texts"))
+        padding = has_padding_row(self.tensors)
         self.native = kernels.TRMModel(
             {**packed.sizes, "padding_row": padding},
             packed.eps,
@@ -46,10 +46,8 @@ def _history(packed: PackedTRM, asked: Request) -> Tensor:
     states = torch.empty(count, packed.sizes["hidden"], device=history.device)
     if not count:
         return states
-    # Lengths are not checked here, which would wait for the device.
-    ends = lengths.clamp(1, width).cumsum(0)
-    starts = torch.cat([ends.new_zeros(1), ends])
-    last = ends - 1
+    starts = packed_gpu.item_starts(lengths, width)
+    last = starts[1:] - 1
     with cuda.on(history) as target:
         model = _model(packed, target.kernels)
         size = target.kernels.trm_encode_workspace(model.native, count, width)
@@ -91,9 +89,7 @@ def _retrieve(
     packed: PackedTRM, asked: Request, k: int, exclude: SeenItems | None, exclude_history: bool
 ) -> TopK:
     users = _user_vectors(packed, asked)
-    rows = excluded_rows(asked, exclude, exclude_history)
-    found = packed.index.search(users, k, rows)
-    return TopK(found.values, torch.where(found.indices < 0, -1, found.indices + 1))
+    return search_items(packed.index, users, asked, k, exclude, exclude_history)
 
 
 def _model(packed: PackedTRM, kernels: Any) -> _Model:
@@ -105,20 +101,10 @@ def _model(packed: PackedTRM, kernels: Any) -> _Model:
 
 
 def _why_not(*arguments: PackedTRM | Tensor) -> str | None:
-    tensors = []
     for argument in arguments:
-        if isinstance(argument, Tensor):
-            tensors.append(argument)
-            continue
-        if argument.dtype != torch.float32:
+        if not isinstance(argument, Tensor) and argument.dtype != torch.float32:
             return f"weights are {argument.dtype}; the CUDA kernels keep float32"
-        for name, limit in LIMITS.items():
-            if argument.sizes[name] > limit:
-                return f"{name} is {argument.sizes[name]}, more than {limit}"
-        if argument.from_file:
-            return "a packed TRM from a file has the layout of the CPU"
-        tensors.append(argument.module().item_embedding.weight)
-    return cuda.why_not(*tensors)
+    return packed_gpu.why_not(arguments, LIMITS, cuda.why_not)
 
 
 backends.register(packed_op.HISTORY, "cuda", _history, _why_not)

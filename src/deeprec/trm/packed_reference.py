@@ -10,7 +10,7 @@ from torch import Tensor
 from deeprec import backends
 from deeprec.ops import SeenItems, TopK
 from deeprec.trm import packed_op
-from deeprec.trm.request import Request, excluded_rows
+from deeprec.trm.request import Request, search_items
 
 if TYPE_CHECKING:
     from deeprec.trm.packed import PackedTRM
@@ -37,9 +37,7 @@ def _retrieve(
     packed: PackedTRM, asked: Request, k: int, exclude: SeenItems | None, exclude_history: bool
 ) -> TopK:
     users = _user_vectors(packed, asked)
-    rows = excluded_rows(asked, exclude, exclude_history)
-    found = packed.index.search(users, k, rows)
-    return TopK(found.values, torch.where(found.indices < 0, -1, found.indices + 1))
+    return search_items(packed.index, users, asked, k, exclude, exclude_history)
 
 
 def _why_not(*arguments: Any) -> str | None:

@@ -12,9 +12,9 @@ from torch import Tensor
 from deeprec import backends
 from deeprec.ops import SeenItems, TopK, topk_triton
 from deeprec.ops.gpu import float32_products, why_not_triton
-from deeprec.trm import packed_op
-from deeprec.trm.packing import row_major_tensors
-from deeprec.trm.request import Request, excluded_rows
+from deeprec.trm import packed_gpu, packed_op
+from deeprec.trm.packing import has_padding_row, row_major_tensors
+from deeprec.trm.request import Request, search_items
 
 if TYPE_CHECKING:
     from deeprec.trm.packed import PackedTRM
@@ -46,7 +46,7 @@ class _Model:
                 name == "adaptor.weight"
             ):
                 self.tensors[name] = tensor.to(self.dtype)
-        self.padding_row = any(bool(self.tensors[name][0].any()) for name in ("items", "texts"))
+        self.padding_row = has_padding_row(self.tensors)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -138,11 +138,9 @@ class _Encoding:
     def __init__(self, model: _Model, history: Tensor, lengths: Tensor) -> None:
         self.model, self.history = model, history
         self.count, self.width = history.shape
-        # Lengths are not checked here, which would wait for the device.
-        ends = lengths.clamp(1, self.width).cumsum(0)
-        self.starts = torch.cat([ends.new_zeros(1), ends])
+        self.starts = packed_gpu.item_starts(lengths, self.width)
         self.total = self.starts[self.count :]
-        self.last = ends - 1
+        self.last = self.starts[1:] - 1
 
     def run(self) -> Tensor:
         states, layers = self._embed(), self.model.sizes["n_layers"]
@@ -308,26 +306,14 @@ def _retrieve(
     packed: PackedTRM, asked: Request, k: int, exclude: SeenItems | None, exclude_history: bool
 ) -> TopK:
     users = _user_vectors(packed, asked)
-    rows = excluded_rows(asked, exclude, exclude_history)
     # Triton's top-k ends at 1,024; more is the business of whichever backend returns more.
     own = topk_triton.why_not(users, packed.index.items, k) is None
-    found = packed.index.search(users, k, rows, backend="triton" if own else None)
-    return TopK(found.values, torch.where(found.indices < 0, -1, found.indices + 1))
+    backend = "triton" if own else None
+    return search_items(packed.index, users, asked, k, exclude, exclude_history, backend)
 
 
 def _why_not(*arguments: PackedTRM | Tensor) -> str | None:
-    tensors = []
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            tensors.append(argument)
-            continue
-        for name, limit in LIMITS.items():
-            if argument.sizes[name] > limit:
-                return f"{name} is {argument.sizes[name]}, more than {limit}"
-        if argument.from_file:
-            return "a packed TRM from a file has the layout of the CPU"
-        tensors.append(argument.module().item_embedding.weight)
-    return next((reason for tensor in tensors if (reason := why_not_triton(tensor))), None)
+    return packed_gpu.why_not(arguments, LIMITS, why_not_triton)
 
 
 backends.register(packed_op.HISTORY, "triton", _history, _why_not)

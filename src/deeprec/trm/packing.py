@@ -8,7 +8,7 @@ padded with zeros to whole panels, heads each on its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -21,7 +21,7 @@ from deeprec.trm.layers import EncoderLayer
 if TYPE_CHECKING:
     from deeprec.trm.model import PreferenceAwareTRM
 
-__all__ = ["pack_tensors", "row_major_tensors", "sizes"]
+__all__ = ["has_padding_row", "pack_tensors", "row_major_tensors", "sizes"]
 
 PANEL = 32
 # Item texts that go through the adaptor at once.
@@ -154,6 +154,11 @@ def row_major_tensors(model: PreferenceAwareTRM) -> dict[str, Tensor]:
     for name, module in modules.items():
         tensors[name + ".weight"], tensors[name + ".bias"] = module.weight, module.bias
     return {name: tensor.detach().float().contiguous() for name, tensor in tensors.items()}
+
+
+def has_padding_row(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a table's row 0 is not zero, so that padding takes part in the convolutions."""
+    return any(bool(tensors[name][0].any()) for name in ("items", "texts"))
 
 
 def filter_in_time(model: PreferenceAwareTRM) -> Tensor:

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deeprec.ops import SeenItems
+from deeprec.ops import ItemIndex, SeenItems, TopK
 
-__all__ = ["Request", "check_exclusions", "excluded_rows"]
+__all__ = ["Request", "check_exclusions", "search_items"]
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,21 @@ def check_exclusions(asked: Request, exclude: SeenItems | None, exclude_history:
         raise ValueError("exclude_history: needs history and lengths beside states")
 
 
-def excluded_rows(
+def search_items(
+    index: ItemIndex,
+    users: Tensor,
+    asked: Request,
+    k: int,
+    exclude: SeenItems | None,
+    exclude_history: bool,
+    backend: str | None = None,
+) -> TopK:
+    """The ids of the k best rows of an index of items 1…n, and −1 where there are no more."""
+    found = index.search(users, k, _excluded_rows(asked, exclude, exclude_history), backend=backend)
+    return TopK(found.values, torch.where(found.indices < 0, -1, found.indices + 1))
+
+
+def _excluded_rows(
     asked: Request, exclude: SeenItems | None, exclude_history: bool
 ) -> SeenItems | None:
     """Rows of the item index: ids less one, of the history as well if asked for."""
