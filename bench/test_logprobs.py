@@ -81,10 +81,10 @@ def measure(
         for name, values in outcomes.items()
         if isinstance(values, Tensor)
     }
-    # Twice torch's error, which is one rounding of the largest log-prob at least; where torch does
-    # not run, its logits would have another.
-    rounding = float(truth.abs().max()) * 2**-24
-    assert error["deeprec"] <= 2 * max(error.get("torch", 2 * rounding), rounding)
+    # Roundings of the largest log-prob: one each for the logit, the log-sum-exp and their
+    # difference, and one for the sums. Up to 2.6 are seen, of torch's float32 up to 9.3 in logits
+    # of 151,936; torch's bf16 logits alone are 10,000 off, so peers are no measure.
+    assert error["deeprec"] <= 4 * float(truth.abs().max()) * 2**-24
     cells = {n: f"{error[n]:.1e}" if n in error else outcomes[n] for n in everyone}
     table.facts(f"{op} largest error", what, cells)
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deeprec import _C, ItemIndex, SeenItems, topk_retrieve
+from deeprec.ops.index import CENTER, CLUSTER, FINE, FINE_BOUNDS
 
 N, DIM, CLUSTERS, BLOCK = 9000, 24, 40, 32
 TIGHT, LOOSE = 0.01, 0.4
-FINE, FINE_BOUNDS = 5, 6  # an index's 16-bit codes and their bounds
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def clustered(noise: float, n: int = N, dim: int = DIM) -> tuple[Tensor, Tensor]
 def parts(index: ItemIndex) -> tuple[int, int]:
     """Centers, and rows with 16-bit codes."""
     assert index._table is not None
-    return len(index._table[3]) if len(index._table[4]) else 1, len(index._table[FINE])
+    return len(index._table[CENTER]) if len(index._table[CLUSTER]) else 1, len(index._table[FINE])
 
 
 def hard_tables() -> dict[str, tuple[Tensor, Tensor]]:
@@ -186,7 +186,7 @@ def test_wrong_centers_lose_items() -> None:
     index = ItemIndex(items)
     expected = topk_retrieve(queries, items, 20)
     assert index._table is not None
-    index._table[3][1:] *= 0.9
+    index._table[CENTER][1:] *= 0.9
     assert not torch.equal(index.search(queries, 20).indices, expected.indices)
 
 

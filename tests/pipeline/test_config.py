@@ -38,6 +38,7 @@ def test_the_paper_file_has_the_paper_constants() -> None:
     paper = load(CONFIGS / "paper.yaml")
     assert (paper.environment.k, paper.environment.max_calls) == (20, 8)
     assert paper.rewards.preset == "paper"
+    assert paper.rl.loss.kl_coef == 0 and not paper.environment.options.closing
     assert paper.max_rank == 100 and paper.rl.train_batch == 512
     assert (paper.sampling.temperature, paper.sampling.top_p) == (1.0, 0.95)
     stages = [(s.reward, s.steps, s.prompts_per_step, s.samples_per_prompt) for s in paper.stages]

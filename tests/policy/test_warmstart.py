@@ -15,10 +15,10 @@ from deeprec.policy.tokenizer import LIKE, PHRASE_SEPARATOR
 from deeprec.policy.warmstart import (
     IGNORE,
     WarmStartConfig,
-    _beliefs,
     _Conversation,
     _training_requests,
     _Writer,
+    beliefs_of,
     preference_from_titles,
     warm_start,
     written_preferences,
@@ -32,7 +32,7 @@ CONFIG = WarmStartConfig(conversations=60, titles=2)
 
 def written(world: World, config: WarmStartConfig) -> tuple[Requests, list[_Conversation]]:
     requests = _training_requests(world.dataset, config, np.random.default_rng(0))
-    beliefs = _beliefs(world.policy(), world.prompts, world.env.trm, requests, config)
+    beliefs = beliefs_of(world.policy(), world.prompts, world.env.trm, requests, config)
     return requests, _Writer(world.prompts, world.env, config, 0).write(requests, beliefs)
 
 
@@ -111,8 +111,8 @@ def test_a_title_is_predicted_from_what_stands_before_it(world: World) -> None:
 def test_targets_play_no_part(world: World) -> None:
     requests = _training_requests(world.dataset, CONFIG, np.random.default_rng(0))
     other = replace(requests, targets=np.roll(requests.targets, 1))
-    beliefs = _beliefs(world.policy(), world.prompts, world.env.trm, requests, CONFIG)
-    again = _beliefs(world.policy(), world.prompts, world.env.trm, other, CONFIG)
+    beliefs = beliefs_of(world.policy(), world.prompts, world.env.trm, requests, CONFIG)
+    again = beliefs_of(world.policy(), world.prompts, world.env.trm, other, CONFIG)
     assert np.array_equal(beliefs, again)
     made = [
         [talk.ids for talk in _Writer(world.prompts, world.env, CONFIG, 0).write(rows, beliefs)]

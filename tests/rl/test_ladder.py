@@ -114,13 +114,13 @@ class Study:
         folder.stage("pretrained").symlink_to(self.shared.folder.stage("pretrained"))
         return Parts(config, folder)
 
-    def train(self, parts: Parts) -> list[list[Trajectory]]:
-        """Greedy test conversations of the warm start and after each stage."""
+    def train(self, parts: Parts, greedy: bool = True) -> list[list[Trajectory]]:
+        """Test conversations of the warm start and after each stage."""
         initial_policy(parts)
-        talks, before = [self.talk(parts, "initial")], "initial"
+        talks, before = [self.talk(parts, "initial", greedy)], "initial"
         for stage, requests in zip(parts.config.stages, stage_requests(parts), strict=True):
             reinforce(parts, stage, before, requests, Processes())
-            talks.append(self.talk(parts, stage.name))
+            talks.append(self.talk(parts, stage.name, greedy))
             before = stage.name
         return talks
 
@@ -128,8 +128,8 @@ class Study:
     def sample(self) -> Requests:
         return self.shared.dataset.requests("test")[np.arange(USERS)]
 
-    def talk(self, parts: Parts, stage: str) -> list[Trajectory]:
-        sampling = replace(parts.config.sampling, greedy=True)
+    def talk(self, parts: Parts, stage: str, greedy: bool) -> list[Trajectory]:
+        sampling = replace(parts.config.sampling, greedy=greedy)
         engine = parts.engine(parts.load_stage(stage), sampling)
         return rollout(engine, parts.environment("valid"), self.sample, samples_per_user=1, seed=0)
 
@@ -180,7 +180,8 @@ def test_stage_2_from_the_format_alone(study: Study) -> None:
     parts = study.parts("format", stage("stage2", "rec", 60, 3e-4), knowledge="none")
     # There is nothing to hold on to.
     parts.config.rl = replace(parts.config.rl, loss=LossConfig())
-    before, after = (evaluate_trajectories(talks) for talks in study.train(parts))
+    # Greedily this start never ends a conversation, which would be all there is to gain.
+    before, after = (evaluate_trajectories(talks) for talks in study.train(parts, greedy=False))
     gain = ndcg_gain(after, before)
     trm = evaluate_trm(parts.trm("valid"), study.sample, exclude_history=True)
     print(gain, {"after": after.values["ndcg@10"].mean(), "trm": trm.values["ndcg@10"].mean()})

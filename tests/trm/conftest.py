@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from small_world import WordEncoder
+from small_world import GENRES, WordEncoder
 
 from deeprec.data import Catalog, Dataset, LoadReport
 
-GENRES = ("Action", "Comedy", "Drama", "Horror")
 N_ITEMS = 40
 N_USERS = 100
 

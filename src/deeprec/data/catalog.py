@@ -52,6 +52,11 @@ class Catalog:
         match = _YEAR.search(self.title(item))
         return int(match[1]) if match else None
 
+    def decade(self, item: int) -> str | None:
+        """The decade of :meth:`year` in words, such as ``2010s``."""
+        year = self.year(item)
+        return None if year is None else f"{year // 10 * 10}s"
+
     def text(self, item: int) -> str:
         """The item as the language model reads it: the title, then a line with its categories."""
         row = self._row(item)

@@ -36,6 +36,11 @@ MIN_CODED_ROWS = 512
 # 16-bit codes are kept too where a trial search with some of the items leaves this many rows for
 # exact scores: such a score takes a row from anywhere in memory, about as long as four codes.
 PROBES, PROBE_K, FINE_PAYS = 32, 20, 400
+# Places in the list of the prefilter's tensors.
+ORDER, CENTER, CLUSTER, FINE, FINE_BOUNDS = (
+    list(index_file.TABLE).index(name)
+    for name in ("order", "center", "cluster", "fine", "fine_bounds")
+)
 
 
 @dataclass(frozen=True)
@@ -158,7 +163,7 @@ class ItemIndex:
         if self._table is not None and self._items.device.type != "cpu":
             self._build()
         elif self._table is not None:
-            order = self._table[2]
+            order = self._table[ORDER]
             position = order.argsort()[where] if len(order) else where
             self._encode((position // _block_rows(self._items)).unique())
 
@@ -190,7 +195,7 @@ class ItemIndex:
         moved.metric, moved.prefilter = self.metric, self.prefilter
         moved._items = self._items.to(device)
         moved._table = None
-        if self._table is not None and (len(self._table[4]) or len(self._table[5])):
+        if self._table is not None and (len(self._table[CLUSTER]) or len(self._table[FINE])):
             moved._build()
         elif self._table is not None:
             moved._table = [tensor.to(device) for tensor in self._table]
@@ -221,8 +226,9 @@ class ItemIndex:
     def __repr__(self) -> str:
         coded = "no prefilter"
         if self._table is not None:
-            coded = "8- and 16-bit codes" if len(self._table[5]) else "8-bit codes"
-            coded += f" about {len(self._table[3])} centers" if len(self._table[4]) else ""
+            coded = "8- and 16-bit codes" if len(self._table[FINE]) else "8-bit codes"
+            if len(self._table[CLUSTER]):
+                coded += f" about {len(self._table[CENTER])} centers"
         return (
             f"ItemIndex({len(self)} x {self.dim}, {self._items.dtype}, {self.metric}, {coded}, "
             f"{self.nbytes / 1e6:.1f} MB)"
@@ -277,8 +283,8 @@ class ItemIndex:
         everything = torch.arange(blocks)
         self._encode(everything)
         if clusters and self._many_left():
-            self._table[5] = _fresh(len(self), self.dim, dtype=torch.int16)
-            self._table[6] = torch.empty(blocks, 2)
+            self._table[FINE] = _fresh(len(self), self.dim, dtype=torch.int16)
+            self._table[FINE_BOUNDS] = torch.empty(blocks, 2)
             self._encode(everything)
 
     def _many_left(self) -> bool:

@@ -22,7 +22,6 @@ from deeprec.trm import TRMTrainConfig
 
 __all__ = ["EnvironmentConfig", "EvalConfig", "PolicyConfig", "RewardSection", "RunConfig", "plain"]
 
-
 # What an environment appends to its last answer, to open the final list itself.
 OPEN_LIST = f"{RANK}\n{protocol.THINK_CLOSE}\n{protocol.LIST_OPEN}"
 
@@ -56,9 +55,8 @@ class EnvironmentConfig:
     """The tool. The paper's setting is 20 items a call and 8 calls, with categories shown.
 
     Args:
-        k: items a call returns. With 5 the preferences decide what is found: on validation three
-            calls found what ranks 0.176 at best, three calls without preferences 0.167, and with
-            those of another user 0.155 (NDCG@10). With 10 a call it hardly mattered.
+        k: items a call returns. With 5 the preferences decide what is found, with 10 three calls
+            find most of what ranks well whatever is asked (docs/RESULTS.md).
         max_calls: calls a conversation may make. The answer to the last one opens the list, so
             that nobody asks in vain.
         options: see :class:`deeprec.rollout.EnvironmentOptions`.
@@ -92,7 +90,8 @@ class EvalConfig:
     Args:
         users: size of the fixed sample on which the policies are compared; all users where there
             are no more. Effects of 0.005 NDCG@10 are lost in the noise of 1,500 users.
-        all_users: whether the TRM and the final policy are evaluated on all users as well.
+        all_users: whether the TRM and the final policy are evaluated on all users as well, where
+            there are more.
         exclude_history: items of the history are never recommended.
         ablations: evaluate the final policy with its preferences emptied, those of other users in
             their place, and a single turn.

@@ -67,12 +67,9 @@ def evaluate_run(parts: Parts) -> dict[str, Any]:
             records += _records(parts, trajectories, f"{final}_{name}")
             comparisons.append((final, f"{final}_{name}"))
     results = build_results(systems, list(dict.fromkeys(comparisons)), seed=config.seed)
-    if config.eval.all_users:
+    if config.eval.all_users and len(sample) < len(everyone):
         heading("Evaluating the final policy on all users")
-        together = {name: systems[name] for name in ("trm", final)}
-        if len(sample) < len(everyone):
-            together = _all_users(parts, everyone, last)
-        results["all_users"] = build_results(together, [(final, "trm")], seed=config.seed)
+        results["all_users"] = _all_users(parts, everyone, last)
     k = protocol.LIST_LENGTH
     results["training_recommender"] = {
         f"recall@{k}_on_rl_targets": recall_at(parts, "rl", k),
@@ -161,13 +158,16 @@ def _ablations(
     }
 
 
-def _all_users(parts: Parts, everyone: Requests, last: str) -> dict[str, UserMetrics]:
+def _all_users(parts: Parts, everyone: Requests, last: str) -> dict[str, Any]:
     """The recommender alone and the final policy on all users."""
-    exclude = parts.config.eval.exclude_history
-    return {
-        "trm": evaluate_trm(parts.trm("valid"), everyone, exclude_history=exclude),
-        f"policy_{last}": evaluate_trajectories(_talk(parts, last, everyone)),
+    final = f"policy_{last}"
+    systems = {
+        "trm": evaluate_trm(
+            parts.trm("valid"), everyone, exclude_history=parts.config.eval.exclude_history
+        ),
+        final: evaluate_trajectories(_talk(parts, last, everyone)),
     }
+    return build_results(systems, [(final, "trm")], seed=parts.config.seed)
 
 
 def _records(parts: Parts, trajectories: Sequence[Trajectory], system: str) -> list[dict[str, Any]]:

@@ -55,15 +55,17 @@ def build_title_tokenizer(catalog: Catalog, first: int, last: int) -> PreTrained
     Decoding an encoding returns the text unchanged, whatever the text. Titles are matched
     leftmost-longest, so a title that is a prefix of another never hides it.
     """
-    years = [y for y in (catalog.year(i) for i in range(1, catalog.n_items + 1)) if y is not None]
+    items = range(1, catalog.n_items + 1)
+    years = {year for year in map(catalog.year, items) if year is not None}
+    decades = {decade for decade in map(catalog.decade, items) if decade is not None}
     words: Iterable[str] = (
         *protocol.DELIMITERS,
         *PHRASES,
         *(number_token(n) for n in range(1, LONGEST_LIST + 1)),
         *_weeks(first, last),
         *sorted({c for categories in catalog.categories for c in categories}),
-        *(str(y) for y in sorted(set(years))),
-        *(f"{d}s" for d in sorted({y // 10 * 10 for y in years})),
+        *(str(year) for year in sorted(years)),
+        *sorted(decades),
         *catalog.titles,
     )
     vocabulary = {PAD: 0, END: 1}

@@ -31,7 +31,13 @@ from deeprec.policy.tokenizer import ASK, LIKE, PHRASE_SEPARATOR, RANK, number_t
 from deeprec.rollout import RetrievalEnvironment, ToolCall, protocol
 from deeprec.trm import PreferenceAwareTRM, WrittenPreference
 
-__all__ = ["WarmStartConfig", "preference_from_titles", "warm_start", "written_preferences"]
+__all__ = [
+    "WarmStartConfig",
+    "beliefs_of",
+    "preference_from_titles",
+    "warm_start",
+    "written_preferences",
+]
 
 IGNORE = -100  # label of a token that is not learnt
 COSINE_TEMPERATURE = 0.07  # at which the recommender's cosines are trained as logits
@@ -110,9 +116,9 @@ def preference_from_titles(
     """
     categories = list(dict.fromkeys(c for item in items for c in catalog.categories[item - 1]))
     phrases = [rng.choice(categories)] if categories else []
-    year = catalog.year(int(items[0]))
-    if year is not None:
-        phrases.append(f"{year // 10 * 10}s")
+    decade = catalog.decade(int(items[0]))
+    if decade is not None:
+        phrases.append(decade)
     phrases += [LIKE + catalog.title(int(item)) for item in items]
     return PHRASE_SEPARATOR.join(phrases)
 
@@ -269,20 +275,24 @@ def _loss(
     places = [(row, due) for row, talk in enumerate(talks) for due in talk.titles]
     rows = [row for row, _ in places]
     positions = [due.position - 1 for _, due in places]
-    offered = np.ones((len(places), len(titles)), dtype=bool)
-    wanted = np.ones((len(places), len(titles)), dtype=bool)
+    # A list is written under the constraint that decoding will have; in a preference any title
+    # can be written, so that the policy has to learn which ones are no use.
+    closed = np.zeros((len(places), len(titles)), dtype=bool)
+    unwanted = np.zeros_like(closed)
+    closed[:, 0] = True
     for place, (_, due) in enumerate(places):
-        wanted[place, due.without] = False
+        unwanted[place, due.without] = True
         if due.among is not None:
-            offered[place] = False
-            offered[place, due.among] = True
-            offered[place, due.without] = False  # as in constrained decoding
-    offered[:, 0] = False
-    closed = torch.from_numpy(~offered)
-    unwanted = torch.from_numpy(~(offered & wanted))
-    target = torch.from_numpy(beliefs[rows]).masked_fill_(unwanted, -torch.inf).softmax(-1)
-    scores = (hidden[rows, positions] @ weight[titles].T).masked_fill(closed, -torch.inf)
-    soft = -(target * F.log_softmax(scores, -1).masked_fill(closed, 0.0)).sum(-1)
+            closed[place] = True
+            closed[place, due.among] = False
+            closed[place, due.without] = True
+    unwanted |= closed
+    target = torch.from_numpy(beliefs[rows])
+    target = target.masked_fill_(torch.from_numpy(unwanted), -torch.inf).softmax(-1)
+    scores = hidden[rows, positions] @ weight[titles].T
+    scores = scores.masked_fill(torch.from_numpy(closed), -torch.inf)
+    logprobs = F.log_softmax(scores, -1).masked_fill(torch.from_numpy(closed), 0.0)
+    soft = -(target * logprobs).sum(-1)
     return (hard.sum() + soft.sum()) / (len(hard) + len(soft))
 
 
@@ -306,7 +316,7 @@ def _training_requests(
 
 
 @torch.inference_mode()
-def _beliefs(
+def beliefs_of(
     model: PreTrainedModel,
     prompts: TitlePrompt,
     trm: PreferenceAwareTRM,
@@ -337,7 +347,7 @@ def warm_start(
     """
     rng = np.random.default_rng(seed)
     requests = _training_requests(dataset, config, rng)
-    beliefs = _beliefs(model, prompts, env.trm, requests, config)
+    beliefs = beliefs_of(model, prompts, env.trm, requests, config)
 
     writer = _Writer(prompts, env, config, seed)
     talks: list[_Conversation] = []

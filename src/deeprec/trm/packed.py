@@ -157,7 +157,7 @@ class PackedTRM:
             states: float32 ``[B, H]`` from :meth:`history_states`; histories are not encoded
                 then, and may be None unless they are excluded. What remains, a later turn of the
                 same conversations, costs the preference and the search.
-            backend: "cpu", "reference" or None for the first that can run.
+            backend: "cuda", "triton", "cpu", "reference" or None for the first that can run.
 
         Returns:
             :class:`~deeprec.ops.TopK`; where fewer than k items are left, id -1 and score -inf.

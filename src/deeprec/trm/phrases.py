@@ -59,11 +59,11 @@ class PhraseBook:
         offsets = [0]
         words = _linking_words(catalog)
         for item in range(1, catalog.n_items + 1):
-            year = catalog.year(item)
+            year, decade = catalog.year(item), catalog.decade(item)
             by_kind: dict[Kind, Sequence[str]] = {
                 Kind.CATEGORY: catalog.categories[item - 1],
                 Kind.YEAR: () if year is None else (str(year),),
-                Kind.DECADE: () if year is None else (f"{year // 10 * 10}s",),
+                Kind.DECADE: () if decade is None else (decade,),
                 Kind.WORD: words[item - 1],
                 Kind.LIKE: (LIKE_PREFIX + catalog.title(item),),
             }

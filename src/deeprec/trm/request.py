@@ -54,9 +54,6 @@ class Request:
         assert rows is not None
         return rows.shape[0]
 
-    def __len__(self) -> int:
-        return self.count
-
     def given(self) -> list[Tensor]:
         """The tensors whose device decides which backend runs."""
         tensors = (self.history, self.preference, self.states)
@@ -97,9 +94,9 @@ def _matrix(name: str, value: Any, rows: int, columns: int, way_out: str) -> Ten
 
 def check_exclusions(asked: Request, exclude: SeenItems | None, exclude_history: bool) -> None:
     """Raise unless exclusions fit the request."""
-    if exclude is not None and (not isinstance(exclude, SeenItems) or len(exclude) != len(asked)):
+    if exclude is not None and (not isinstance(exclude, SeenItems) or len(exclude) != asked.count):
         raise ValueError(
-            f"exclude: expected a SeenItems of {len(asked)} rows, got "
+            f"exclude: expected a SeenItems of {asked.count} rows, got "
             + (f"{len(exclude)} rows" if isinstance(exclude, SeenItems) else repr(exclude))
         )
     if exclude_history and asked.history is None:

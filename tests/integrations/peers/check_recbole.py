@@ -115,31 +115,25 @@ def test_a_training_run_reports_the_same(make: Any, name: str) -> None:
     assert "training, or gradients are wanted" in explain()
 
 
-@pytest.mark.parametrize("changes", [{}, {"n_layers": 1}, {"n_layers": 3, "hidden_act": "relu"}])
-def test_scores_of_sasrec(make: Any, changes: dict[str, Any]) -> None:
-    made = make("SASRec", **changes)
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("SASRec", {}),
+        ("SASRec", {"n_layers": 1}),
+        ("SASRec", {"n_layers": 3, "hidden_act": "relu"}),
+        ("GRU4Rec", {}),
+        ("GRU4Rec", {"num_layers": 3}),
+    ],
+)
+def test_scores_of_encoders(make: Any, name: str, changes: dict[str, Any]) -> None:
+    made = make(name, **changes)
     made.model.eval()
     users = next(iter(made.test))[0]
     with torch.no_grad():
         theirs = made.model.full_sort_predict(users)
         with deeprec.patch("recbole"):
             ours = made.model.full_sort_predict(users)
-            assert "SASRec.forward -> deeprec's encoder of histories: 1 calls" in explain()
-        exact = made.model.double().full_sort_predict(users)
-    error = (ours - exact).abs().max()
-    assert error <= 2 * (theirs - exact).abs().max()
-
-
-@pytest.mark.parametrize("changes", [{}, {"num_layers": 3}])
-def test_scores_of_gru4rec(make: Any, changes: dict[str, Any]) -> None:
-    made = make("GRU4Rec", **changes)
-    made.model.eval()
-    users = next(iter(made.test))[0]
-    with torch.no_grad():
-        theirs = made.model.full_sort_predict(users)
-        with deeprec.patch("recbole"):
-            ours = made.model.full_sort_predict(users)
-            assert "GRU4Rec.forward -> deeprec's encoder of histories: 1 calls" in explain()
+            assert f"{name}.forward -> deeprec's encoder of histories: 1 calls" in explain()
         exact = made.model.double().full_sort_predict(users)
     error = (ours - exact).abs().max()
     assert error <= 2 * (theirs - exact).abs().max()
