@@ -41,7 +41,7 @@ def notes(results: Mapping[str, Any], stages: list[str]) -> list[str]:
             f"{mean['trm']:.4f}), popularity in the last days alone "
             f"{mean['popularity_recent']:.4f}; the language model that the policy was before it "
             f"ever talked to the recommender {mean['lm']:.4f}, and {mean['lm_rerank']:.4f} when "
-            "it re-ranks the recommender's first list."
+            "it re-ranks what the recommender finds."
         )
     path = " → ".join(f"{mean[f'policy_{name}']:.4f}" for name in (INITIAL, *stages))
     gain = results["paired"].get(f"{final}_vs_{initial}")
