@@ -1,7 +1,7 @@
 """Training a policy of your own in several processes.
 
-    torchrun --nproc-per-node 2 examples/train_in_processes.py --out /tmp/trained
-    torchrun --nproc-per-node 2 examples/train_in_processes.py --out /tmp/trained --fsdp
+    torchrun --nproc-per-node 2 examples/train_in_processes.py --out runs/trained
+    torchrun --nproc-per-node 2 examples/train_in_processes.py --out runs/trained --fsdp
 
 A catalogue of 60 films and a random policy: seconds on a CPU, and nothing to be learnt from it.
 """
