@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from leaving import leave
 from rl_world import ToyRewards, make_world
 
 from deeprec.rl import OptimizerConfig, RLConfig, Trainer
@@ -74,6 +75,7 @@ def main(task: dict) -> None:
     history = []
     for steps in task["sessions"]:  # each resumes what the one before has saved
         trainer = make_trainer(weights, replace(config, steps=steps), task["failure"])
+        assert trainer.accelerator.num_processes == 2
         history += trainer.train(trainer.requests, resume=True)  # type: ignore[attr-defined]
     final = dict(whole_parameters(trainer.policy))
     if trainer.accelerator.is_main_process:
@@ -83,3 +85,4 @@ def main(task: dict) -> None:
 
 if __name__ == "__main__":
     main(json.loads(Path(sys.argv[1]).read_text()))
+    leave()
