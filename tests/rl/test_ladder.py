@@ -63,8 +63,8 @@ def test_a_word_in_the_preference(credit: str, make_world: Callable, toy_rewards
     world = make_world(users=256)
     world.warm_start(80)
     config = RLConfig(
-        steps=90, prompts_per_step=16, samples_per_prompt=8, train_batch=None, credit=credit,
-        optimizer=OptimizerConfig(lr=2e-3),
+        steps=120, prompts_per_step=16, samples_per_prompt=8, train_batch=None, credit=credit,
+        optimizer=OptimizerConfig(lr=1e-3),
     )  # fmt: skip
     before, after = learnt(world, toy_rewards(names_the_word), config)
     assert before < 0.4
