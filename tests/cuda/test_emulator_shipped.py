@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -82,6 +83,13 @@ BUGS: dict[str, tuple[str, str, str, Callable[[], bool]]] = {
         trm_is_right,
     ),
 }
+
+
+@pytest.mark.parametrize("is_right", [top_k_is_right, linear_is_right, trm_is_right])
+def test_shipped_kernels_without_a_bug_are_right(
+    every_schedule: ModuleType, is_right: Callable[[], bool]
+) -> None:
+    assert is_right()
 
 
 @pytest.mark.parametrize("bug", BUGS)
