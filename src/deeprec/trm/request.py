@@ -124,14 +124,5 @@ def _excluded_rows(
     if exclude_history:
         assert asked.history is not None
         seen = SeenItems.from_padded(asked.history)
-        if exclude is not None:
-            rows = [
-                [*a.tolist(), *b.tolist()] for a, b in zip(_rows(exclude), _rows(seen), strict=True)
-            ]
-            seen = SeenItems.from_lists(rows).to(asked.history.device)
-        exclude = seen
+        exclude = seen if exclude is None else seen.union(exclude.to(seen.ids.device))
     return None if exclude is None else SeenItems(exclude.offsets, exclude.ids - 1)
-
-
-def _rows(seen: SeenItems) -> tuple[Tensor, ...]:
-    return seen.ids.split(seen.offsets.diff().tolist())
