@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from layouts import check_layouts
+from opchecks import check_gather, check_linear
 from sharded_head import train_sharded
 
 from deeprec import _C, AllowedTokens, gather_logprobs, linear_logprobs
@@ -312,20 +313,9 @@ def test_strided_and_transposed_heads():
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_opcheck():
-    hidden, weight, ids = head(6, 8, 20)
-    mask = torch.arange(6) != 2
-    allowed = half_restricted(ids, 20)
-    rows = (mask, allowed.offsets, allowed.ids, True)
-    logits = (hidden @ weight.T).requires_grad_()
-    torch.library.opcheck(
-        torch.ops.deeprec.gather_logprobs.default, (logits, ids[:, None], 0.8, *rows)
-    )
-    leaves = hidden.requires_grad_(), weight.requires_grad_()
-    bias = torch.zeros(20, requires_grad=True)
-    torch.library.opcheck(
-        torch.ops.deeprec.linear_logprobs.default, (*leaves, ids, bias, 0.8, *rows)
-    )
+@pytest.mark.parametrize("check", [check_gather, check_linear])
+def test_opcheck(check):
+    check("cpu")
 
 
 def test_inductor_generates_code_around_them():
