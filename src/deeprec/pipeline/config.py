@@ -66,7 +66,7 @@ class EnvironmentConfig:
     max_calls: int = 3
     options: EnvironmentOptions = field(
         default_factory=lambda: EnvironmentOptions(
-            show_categories=False, constrain_list=True, closing=OPEN_LIST
+            show_categories=False, constrain_list=True, distinct_titles=True, closing=OPEN_LIST
         )
     )
 

@@ -100,11 +100,15 @@ class _Conversation:
 
 @dataclass
 class _TitleDue:
-    """The title at ``position`` may be any of ``among`` (None: any) but those in ``without``."""
+    """The title at ``position`` is to be any of ``among`` (None: any) but those in ``without``.
+
+    Decoding itself keeps those in ``barred`` out.
+    """
 
     position: int
     among: npt.NDArray[np.int64] | None
     without: npt.NDArray[np.int64]
+    barred: npt.NDArray[np.int64]
 
 
 def preference_from_titles(
@@ -207,7 +211,8 @@ class _Writer:
             for n, item in enumerate(named):
                 position = talk.ids.index(int(self.titles[item]), start)
                 without = np.concatenate([seen, talk.retrieved, named[:n]]).astype(np.int64)
-                talk.titles.append(_TitleDue(position, None, without))
+                barred = named[:n] if self.env.options.distinct_titles else named[:0]
+                talk.titles.append(_TitleDue(position, None, without, barred))
             talk.policy(self.encode(protocol.PREFERENCE_CLOSE))
             calls.append(ToolCall(row, turn, preference, tuple(talk.retrieved)))
         for call, answer in zip(calls, self.env.observe(requests, calls), strict=True):
@@ -225,7 +230,7 @@ class _Writer:
         )
         for line, item in enumerate(order[: protocol.LIST_LENGTH]):
             talk.unlearnt(self.encode(number_token(line + 1)))
-            talk.titles.append(_TitleDue(len(talk.ids), found, order[:line]))
+            talk.titles.append(_TitleDue(len(talk.ids), found, order[:line], order[:line]))
             talk.unlearnt([int(self.titles[item])])
         talk.policy(self.encode("\n") + self.encode(protocol.LIST_CLOSE))
 
@@ -275,8 +280,8 @@ def _loss(
     places = [(row, due) for row, talk in enumerate(talks) for due in talk.titles]
     rows = [row for row, _ in places]
     positions = [due.position - 1 for _, due in places]
-    # A list is written under the constraint that decoding will have; in a preference any title
-    # can be written, so that the policy has to learn which ones are no use.
+    # Titles are written under the constraints that decoding will have: few can stand in a list,
+    # nearly all in a preference, so that the policy has to learn which ones are no use there.
     closed = np.zeros((len(places), len(titles)), dtype=bool)
     unwanted = np.zeros_like(closed)
     closed[:, 0] = True
@@ -285,7 +290,7 @@ def _loss(
         if due.among is not None:
             closed[place] = True
             closed[place, due.among] = False
-            closed[place, due.without] = True
+        closed[place, due.barred] = True
     unwanted |= closed
     target = torch.from_numpy(beliefs[rows])
     target = target.masked_fill_(torch.from_numpy(unwanted), -torch.inf).softmax(-1)
