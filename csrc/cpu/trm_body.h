@@ -181,21 +181,60 @@ inline void gather(const Model& m, const float* table, const int64_t* ids, int64
   for (int64_t j = 0; j < n; ++j) store(out + j * Vec::width, read(ids[j]) - padding);
 }
 
+constexpr int kOutputs = 4;  // positions of a convolution computed together
+
+// Positions [t, t + n) of both convolutions in one vector of channels: `ids` [length] with the
+// kernel, whose row of lag 0 is at `kernel`, and with texts. Two positions next to each other use
+// the same rows one step apart, so each row is read once and handed on.
 template <int n>
-struct Count {
-  static constexpr int value = n;
-};
+inline void convolve_block(const float* ids, int64_t length, const float* kernel,
+                           const float* texts, Vec (&a)[kOutputs], Vec (&b)[kOutputs]) {
+  constexpr int w = Vec::width;
+  Vec rows[n], words[n];  // of lags -j ... n - 1 - j, lag l at l mod n
+#pragma GCC unroll 4
+  for (int i = 1; i < n; ++i) {
+    rows[i] = load(kernel + i * kWords);
+    words[i] = load(texts + i * w);
+  }
+  const auto step = [&](int64_t j, int u) {
+    const Vec id = load(ids + j * w);
+    const int first = (n - u) % n;
+    rows[first] = load(kernel - j * kWords);
+    words[first] = load(texts - j * w);
+#pragma GCC unroll 4
+    for (int i = 0; i < n; ++i) {
+      a[i] = fma(id, rows[(first + i) % n], a[i]);
+      b[i] = fma(id, words[(first + i) % n], b[i]);
+    }
+  };
+  int64_t j = 0;
+  for (; j + n <= length; j += n)
+#pragma GCC unroll 4
+    for (int u = 0; u < n; ++u) step(j + u, u);
+#pragma GCC unroll 4
+  for (int u = 0; u < n - 1; ++u)
+    if (j + u < length) step(j + u, u);
+}
+
+template <int n = kOutputs>
+inline void convolve_rest(int count, const float* ids, int64_t length, const float* kernel,
+                          const float* texts, Vec (&a)[kOutputs], Vec (&b)[kOutputs]) {
+  if (count == n) return convolve_block<n>(ids, length, kernel, texts, a, b);
+  if constexpr (n > 1) convolve_rest<n - 1>(count, ids, length, kernel, texts, a, b);
+}
 
 // Both circular convolutions of one user, per channel and over max_length positions: ids with the
 // filter, and ids with texts / sqrt(max_length). Rows beyond the history hold row 0 of the
 // tables; with it taken off every row they are zero, and what it adds is put back as sums.
 inline void convolve(const Model& m, const int64_t* ids, int64_t n, Scratch& s, float* filtered,
                      float* fused) {
-  constexpr int w = Vec::width, kOutputs = 4;
+  constexpr int w = Vec::width;
   const int64_t stride = Scratch::row(m.width), period = m.max_length;
   float *x = s.columns, *texts = x + period * w;  // texts: two periods
   const Vec scale = set1(float(1 / std::sqrt(double(period))));
   for (int64_t start = 0; start < m.width; start += w) {
+    const float* kernel =
+        m.kernel + start / kWords * 2 * period * kWords + start % kWords;
     gather(m, m.items, ids, n, start, x);
     gather(m, m.texts, ids, n, start, texts);
     for (int64_t j = n; j < period; ++j) store(texts + j * w, set1(0.f));
@@ -208,34 +247,24 @@ inline void convolve(const Model& m, const int64_t* ids, int64_t n, Scratch& s, 
         sum_texts = sum_texts + load(texts + j * w);
       }
       for (int64_t j = 0; j < period; ++j)
-        sum_kernel = sum_kernel + load(m.kernel + j * m.width + start);
+        sum_kernel = sum_kernel + load(kernel + j * kWords);
       const int64_t left = m.hidden - start < w ? m.hidden - start : w;
       const Vec id = load_part(m.items + start, left > 0 ? left : 0, 0.f);
       const Vec text = load_part(m.texts + start, left > 0 ? left : 0, 0.f);
       constant_a = id * sum_kernel;
       constant_b = fma(id, sum_texts, fma(text, sum_ids, set1(float(period)) * id * text));
     }
-    const auto outputs = [&](int64_t t, auto count) {
-      Vec a[count.value], b[count.value];
-      for (int i = 0; i < count.value; ++i) a[i] = constant_a, b[i] = constant_b;
-      const float* kernel = m.kernel + (period + t) * m.width + start;
-      const float* text = texts + (period + t) * w;
-      for (int64_t j = 0; j < n; ++j, kernel -= m.width, text -= w) {
-        const Vec id = load(x + j * w);
-#pragma GCC unroll 4
-        for (int i = 0; i < count.value; ++i) {
-          a[i] = fma(id, load(kernel + i * m.width), a[i]);
-          b[i] = fma(id, load(text + i * w), b[i]);
-        }
-      }
-      for (int i = 0; i < count.value; ++i) {
+    const float* zero_lag = kernel + period * kWords;
+    for (int64_t t = 0; t < n; t += kOutputs) {
+      const int count = int(n - t < kOutputs ? n - t : kOutputs);
+      Vec a[kOutputs], b[kOutputs];
+      for (int i = 0; i < kOutputs; ++i) a[i] = constant_a, b[i] = constant_b;
+      convolve_rest(count, x, n, zero_lag + t * kWords, texts + (period + t) * w, a, b);
+      for (int i = 0; i < count; ++i) {
         store(filtered + (t + i) * stride + start, a[i]);
         store(fused + (t + i) * stride + start, b[i] * scale);
       }
-    };
-    int64_t t = 0;
-    for (; t + kOutputs <= n; t += kOutputs) outputs(t, Count<kOutputs>());
-    for (; t < n; ++t) outputs(t, Count<1>());
+    }
   }
 }
 
