@@ -157,13 +157,6 @@ inline void add(float* c, const float* row, int64_t n) {
 
 // --- the contextual convolution ---
 
-// Rows of a user's items lie anywhere in the tables: asked for while the user before is at work.
-inline void prefetch(const Model& m, const int64_t* ids, int64_t n) {
-  for (const float* table : {m.items, m.texts})
-    for (int64_t j = 0; j < n; ++j)
-      for (int64_t i = 0; i < m.hidden; i += 16) __builtin_prefetch(table + ids[j] * m.hidden + i);
-}
-
 // Columns [start, start + Vec::width) of the rows of `ids`, less row 0; `rows` of [width].
 inline void gather(const Model& m, const float* table, const int64_t* ids, int64_t n,
                    int64_t start, float* out) {
@@ -440,7 +433,6 @@ void history_states(const Model& m, const Request& request, int64_t first, int64
     int64_t end = u, rows = 0;
     for (; end < last && (end == u || rows + lengths[end] <= kGroupItems); ++end) {
       const int64_t* ids = request.history + end * request.history_width;
-      if (end + 1 < last) prefetch(m, ids + request.history_width, lengths[end + 1]);
       embed(m, ids, lengths[end], s, x + rows * stride);
       rows += lengths[end];
     }
