@@ -10,11 +10,14 @@ from typing import Any
 import evidence
 import pytest
 import torch
+from emulation import emulating
 from small_trm import ask, make
 
-from deeprec import _C, linear_logprobs, topk_retrieve
+from deeprec import _C, gather_logprobs, linear_logprobs, topk_retrieve
 from deeprec.ops import cuda
 
+# What the names of bindings that launch end in.
+LAUNCHERS = ("_search", "_logprobs", "_backward", "_encode", "_fuse")
 needs_build = pytest.mark.skipif(not hasattr(_C, "cuda"), reason="built without nvcc")
 
 
@@ -48,26 +51,49 @@ def test_a_cuda_launch_without_a_driver_is_an_error() -> None:
         _C.cuda.topk_search(request, answer=(0, 0, 0), workspace=(0, needed), stream=0)
 
 
+def calls() -> dict[str, Callable[[], Any]]:
+    """A small call of every launcher, by its name; what it needs of others has been computed."""
+    model = make(1)
+    history, lengths, preference = ask(model, 2)
+    states = model.pack().history_states(history, lengths, backend="cuda")
+    hidden, weight = torch.randn(3, 8).requires_grad_(), torch.randn(9, 8).requires_grad_()
+    asked = {"token_ids": torch.zeros(3).long(), "backend": "cuda"}
+    gathered, linear = gather_logprobs(hidden, **asked), linear_logprobs(hidden, weight, **asked)
+
+    def backward(values: torch.Tensor) -> None:
+        torch.autograd.grad(values.sum(), hidden, retain_graph=True)
+
+    return {
+        "topk_search": lambda: topk_retrieve(hidden.detach(), weight.detach(), 2, backend="cuda"),
+        "gather_logprobs": lambda: gather_logprobs(hidden, **asked),
+        "gather_logprobs_backward": lambda: backward(gathered),
+        "linear_logprobs": lambda: linear_logprobs(hidden, weight, **asked),
+        "linear_logprobs_backward": lambda: backward(linear),
+        "trm_encode": lambda: model.pack().history_states(history, lengths, backend="cuda"),
+        "trm_fuse": lambda: model.pack().user_vectors(
+            None, None, preference, states=states, backend="cuda"
+        ),
+    }
+
+
+@needs_build
+def test_every_cuda_launcher_without_a_driver_is_an_error(emulated: ModuleType) -> None:
+    """The launchers that nvcc built, in the emulated ones' place."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a driver")
+    assert set(calls()) == {name for name in vars(_C.cuda) if name.endswith(LAUNCHERS)}
+    for call in calls().values():
+        with emulating(_C.cuda), pytest.raises(RuntimeError, match=r"^CUDA: \w+: "):
+            call()
+
+
 def test_cuda_workspaces_too_small_or_unaligned_are_refused(
     emulated: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By every launcher that takes one, before it launches anything."""
-    model = make(1)
-    history, lengths, preference = ask(model, 2)
-    hidden, weight = torch.randn(3, 8).requires_grad_(), torch.randn(9, 8).requires_grad_()
-    ids = torch.zeros(3).long()
-
-    def linear() -> torch.Tensor:
-        return linear_logprobs(hidden, weight, ids, backend="cuda").sum()
-
-    calls: dict[str, Callable[[], Any]] = {
-        "topk_search": lambda: topk_retrieve(hidden.detach(), weight.detach(), 2, backend="cuda"),
-        "linear_logprobs": linear,
-        "linear_logprobs_backward": lambda: linear().backward(),
-        "trm_encode": lambda: model.pack().history_states(history, lengths, backend="cuda"),
-        "trm_fuse": lambda: model.pack().user_vectors(history, lengths, preference, backend="cuda"),
-    }
-    for name, call in calls.items():
+    for name, call in calls().items():
+        if name.startswith("gather"):
+            continue
         launcher = getattr(emulated, name)
         for change, message in (
             (lambda at, size: (at, size - 1), "workspace: expected"),

@@ -177,8 +177,10 @@ def test_seeded_bugs_are_noticed_by_the_emulator(tmp_path: Path, bug: str) -> No
 
 
 def test_emulator_conditionals_stay_in_the_wrapper_header() -> None:
-    """Kernels and launchers are the same text for nvcc and g++; PTX is in one header."""
+    """Kernels and launchers are the same text for nvcc and g++; PTX is in one header, and so are
+    the runtime's calls, whose error codes are checked there."""
     forbidden = r"#\s*if|__CUDACC__|__CUDA_ARCH__|\basm\b|__shared__|__activemask|emulat(?!e)"
+    forbidden += r"|<<<|\bcuda[A-Z]"
     for file in (ROOT / "csrc" / "cuda").iterdir():
         if file.name == "ptx.cuh":
             continue

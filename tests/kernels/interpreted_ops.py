@@ -1,40 +1,25 @@
-"""Triton's ops as torch sees them, in the interpreter.
-
-Top-k is one op for all backends, and its opcheck is a test of the op's own; here it is compiled.
-"""
+"""Triton's ops as torch sees them, in the interpreter."""
 
 from __future__ import annotations
 
+import gpu_trm
+import opchecks
 import pytest
 import torch
 from layouts import check_layouts
 from torch import Tensor
 
 from deeprec import ItemIndex
-from deeprec.ops import linear_logprobs_triton, logprobs_triton  # noqa: F401, they define the ops
-
-# Two of four rows are limited to some tokens, one does not count, and its id is never read.
-IDS = torch.tensor([1, 4, -100, 2])
-MASK = torch.tensor([True, True, False, True])
-ROWS = (MASK, torch.tensor([0, 0, 3, 3, 5]), torch.tensor([1, 4, 6, 0, 2]), True)
-
-
-def leaf(*shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(*shape, generator=generator).requires_grad_()
 
 
 # opcheck traces with symbols, whose warning about .grad of tensors that are no leaves is torch's.
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_triton_gather_logprobs_passes_opcheck() -> None:
-    op = torch.ops.deeprec.gather_logprobs_triton.default
-    torch.library.opcheck(op, (leaf(4, 7), IDS[:, None], 0.8, *ROWS))
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_triton_linear_logprobs_passes_opcheck() -> None:
-    op = torch.ops.deeprec.linear_logprobs_triton.default
-    torch.library.opcheck(op, (leaf(4, 5), leaf(7, 5), IDS, leaf(7), 0.8, *ROWS))
+@pytest.mark.parametrize(
+    "check",
+    [opchecks.check_gather, opchecks.check_linear, opchecks.check_topk, gpu_trm.check_opcheck],
+)
+def test_triton_ops_pass_opcheck(check) -> None:
+    check("triton")
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -259,6 +259,8 @@ BAD = {
     "mask must have shape": dict(mask=torch.ones(3, dtype=torch.bool)),
     "allowed must have one row": dict(allowed=AllowedTokens.from_lists([[1]])),
     "allowed must be in": dict(allowed=AllowedTokens.from_lists([[1], [3]])),
+    "token_ids must be on cpu, got meta": dict(token_ids=torch.zeros(2, device="meta").long()),
+    "mask must be on cpu, got meta": dict(mask=torch.ones(2, device="meta").bool()),
     "token_ids must be in \\[0, 3\\), got 3": dict(token_ids=torch.tensor([0, 3])),
     "token_ids must be in \\[0, 3\\), got -1": dict(token_ids=torch.tensor([-1, 2])),
 }

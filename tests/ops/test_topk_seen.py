@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from deeprec import SeenItems
 
@@ -16,8 +18,8 @@ def test_from_lists_sorts_and_drops_duplicates() -> None:
 
 def test_from_padded_equals_from_lists() -> None:
     history = torch.tensor([[5, 2, 5, 0], [0, 0, 0, 0], [7, 0, 1, 0]])
-    for given in (history, history.numpy(), history.to(torch.int32)):
-        seen = SeenItems.from_padded(given)
+    for form in (history, history.numpy(), history.to(torch.int32)):
+        seen = SeenItems.from_padded(form)
         expected = SeenItems.from_lists([[2, 5], [], [1, 7]])
         assert torch.equal(seen.offsets, expected.offsets)
         assert torch.equal(seen.ids, expected.ids)
@@ -33,10 +35,29 @@ def test_slices_are_batches() -> None:
         seen[::2]
 
 
+@given(
+    rows=st.lists(
+        st.tuples(*[st.sets(st.integers(-(2**63), 2**63 - 1) | st.integers(0, 4), max_size=6)] * 2),
+        max_size=5,
+    )
+)
+def test_union_is_that_of_sets(rows: list[tuple[set[int], set[int]]]) -> None:
+    one, other = (SeenItems.from_lists(row[side] for row in rows) for side in (0, 1))
+    got, expected = one.union(other), SeenItems.from_lists(a | b for a, b in rows)
+    assert torch.equal(got.offsets, expected.offsets)
+    assert torch.equal(got.ids, expected.ids)
+
+
+def test_a_union_of_other_queries_is_refused() -> None:
+    with pytest.raises(ValueError, match="other must have 1 rows like this, got 2"):
+        SeenItems.from_lists([[1]]).union(SeenItems.from_lists([[1], []]))
+
+
 @pytest.mark.parametrize(
     ("offsets", "ids", "error", "message"),
     [
         ([0, 2], [2, 1], ValueError, "ascend strictly"),
+        ([0, 2], [2**63 - 1, -(2**63)], ValueError, "ascend strictly"),
         ([0, 2], [1, 1], ValueError, "ascend strictly"),
         ([0, 3], [1, 2], ValueError, "ascend from 0 to len"),
         ([0, 2, 1, 2], [1, 2], ValueError, "ascend from 0 to len"),

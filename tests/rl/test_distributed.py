@@ -142,6 +142,21 @@ def test_sharding_needs_processes_and_an_engine_of_its_own(weights: Path) -> Non
         make_trainer(weights, replace(CONFIG, fsdp=True))
 
 
+def test_one_process_where_several_were_asked_for_is_an_error(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text("from deeprec.rl.distributed import make_accelerator\nmake_accelerator()\n")
+    one = [option for option in ACCELERATE if option != "--multi_gpu"]
+    done = subprocess.run(
+        [sys.executable, "-m", *one, "--cpu", str(script)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "asked for several processes, it has started one; add --multi_gpu" in done.stderr
+
+
 def test_work_is_dealt_evenly() -> None:
     assert deal([5, 1, 4, 2], 2) == [[0, 1], [2, 3]]
     assert deal([3], 3) == [[0], [], []]

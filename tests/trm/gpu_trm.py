@@ -73,6 +73,21 @@ def check_nobody_and_nonsense(backend: str) -> None:
     assert packed.user_vectors(history, lengths, preference, backend=backend).isfinite().all()
 
 
+def check_opcheck(backend: str) -> None:
+    """All three ops, from histories and from states, with and without a preference."""
+    packed = make(n_layers=1, hidden=8, inner=8, max_length=4).pack()
+    history, lengths, preference = ask(packed.module(), 4)
+    states = packed.history_states(history, lengths)
+    seen = SeenItems.from_lists([[1], [], [2, 3], []])
+    ops = torch.ops.deeprec
+    torch.library.opcheck(ops.trm_history.default, (packed.name, history, lengths, backend))
+    for asked in ((history, lengths, None, preference), (None, None, states, None)):
+        torch.library.opcheck(ops.trm_user_vectors.default, (packed.name, *asked, backend))
+    for asked in ((history, lengths, None, preference), (history, lengths, states, None)):
+        arguments = (packed.name, *asked, seen.offsets, seen.ids, True, 3, backend)
+        torch.library.opcheck(ops.trm_retrieve.default, arguments)
+
+
 def check_limits_are_explained(backend: str) -> None:
     with pytest.raises(RuntimeError, match="max_length is 129, more than 128"):
         model = make(5, max_length=129)

@@ -7,24 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_trm import check_opcheck
 from small_trm import ask, make
 from torch import Tensor
 
 from deeprec.ops import SeenItems
 
 
-def test_opcheck() -> None:
-    packed = make().pack()
-    history, lengths, preference = ask(packed.module(), 4)
-    states = packed.history_states(history, lengths)
-    seen = SeenItems.from_lists([[1], [], [2, 3], []])
-    ops = torch.ops.deeprec
-    torch.library.opcheck(ops.trm_history.default, (packed.name, history, lengths, ""))
-    for asked in ((history, lengths, None, preference), (None, None, states, None)):
-        torch.library.opcheck(ops.trm_user_vectors.default, (packed.name, *asked, ""))
-    for asked in ((history, lengths, None, preference), (history, lengths, states, None)):
-        arguments = (packed.name, *asked, seen.offsets, seen.ids, True, 3, "")
-        torch.library.opcheck(ops.trm_retrieve.default, arguments)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_opcheck(backend: str) -> None:
+    check_opcheck(backend)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

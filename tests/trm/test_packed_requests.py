@@ -43,6 +43,8 @@ def test_bad_requests_name_the_argument() -> None:
         wrong = preference.clone()
         wrong[2, 4] = bad
         refused(ValueError, "preference: row 2 holds NaN or inf", history, lengths, wrong)
+    refused(ValueError, "lengths: expected on cpu like", history, lengths.to("meta"), None)
+    refused(ValueError, "preference: expected on cpu", history, lengths, preference.to("meta"))
     refused(ValueError, "k must be", history, lengths, None, k=0)
     refused(ValueError, "exclude.*3 rows", history, lengths, None, exclude=SeenItems.from_lists([]))
     refused(ValueError, "exclude", history, lengths, None, exclude=[[1], [2], [3]])

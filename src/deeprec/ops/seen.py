@@ -59,7 +59,7 @@ class SeenItems:
                 f"{ends[0]} … {ends[1]}; SeenItems.from_lists builds them"
             )
         # A step down is fine only where a row starts.
-        down = (self.ids.diff() <= 0).nonzero().flatten() + 1
+        down = (self.ids[1:] <= self.ids[:-1]).nonzero().flatten() + 1
         if len(down) and not bool(torch.isin(down, self.offsets).all()):
             raise ValueError(
                 "ids must ascend strictly within a row; SeenItems.from_lists sorts them and "
@@ -90,6 +90,20 @@ class SeenItems:
         offsets = rows.new_zeros(len(rows) + 1)
         torch.cumsum(keep.sum(1), 0, out=offsets[1:])
         return cls(offsets, rows[keep])
+
+    def union(self, other: SeenItems) -> SeenItems:
+        """What either excludes, query by query; both have the same queries and device."""
+        if len(self) != len(other):
+            raise ValueError(f"other must have {len(self)} rows like this, got {len(other)}")
+        count = torch.arange(len(self) + 1, device=self.ids.device)
+        rows = torch.cat([count[:-1].repeat_interleave(x.offsets.diff()) for x in (self, other)])
+        ids = torch.cat([self.ids, other.ids])
+        by_id = ids.argsort()
+        order = by_id[rows[by_id].argsort(stable=True)]
+        rows, ids = rows[order], ids[order]
+        new = torch.ones_like(ids, dtype=torch.bool)
+        new[1:] = (rows[1:] != rows[:-1]) | (ids[1:] != ids[:-1])
+        return SeenItems(torch.searchsorted(rows[new], count), ids[new])
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

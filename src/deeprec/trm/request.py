@@ -45,7 +45,15 @@ class Request:
         if preference is not None:
             way_out = "use the sentence encoder the TRM was trained with"
             preference = _matrix("preference", preference, count, sizes["text_dim"], way_out)
-        return cls(ids, counts, states, preference)
+        asked = cls(ids, counts, states, preference)
+        first, *others = (item for item in vars(asked).items() if item[1] is not None)
+        for name, tensor in others:
+            if tensor.device != first[1].device:
+                raise ValueError(
+                    f"{name}: expected on {first[1].device} like {first[0]}, got {tensor.device}; "
+                    f"use .to({str(first[1].device)!r})"
+                )
+        return asked
 
     @property
     def count(self) -> int:
@@ -124,14 +132,5 @@ def _excluded_rows(
     if exclude_history:
         assert asked.history is not None
         seen = SeenItems.from_padded(asked.history)
-        if exclude is not None:
-            rows = [
-                [*a.tolist(), *b.tolist()] for a, b in zip(_rows(exclude), _rows(seen), strict=True)
-            ]
-            seen = SeenItems.from_lists(rows).to(asked.history.device)
-        exclude = seen
+        exclude = seen if exclude is None else seen.union(exclude.to(seen.ids.device))
     return None if exclude is None else SeenItems(exclude.offsets, exclude.ids - 1)
-
-
-def _rows(seen: SeenItems) -> tuple[Tensor, ...]:
-    return seen.ids.split(seen.offsets.diff().tolist())
