@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -131,6 +133,19 @@ def test_older_devices_than_the_cuda_build_are_named(
     why = cuda.Runtime().why_not(torch.device("cuda"))
     assert (why is None) == (reason is None)
     assert reason is None or reason in str(why)
+
+
+@pytest.mark.parametrize("file", ["cuda/topk_codes.cuh", "cuda/trm.cu", "cpu/softmax_state.h"])
+def test_cuda_evidence_of_other_sources_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    """Of kernels, launchers, and headers that they share with the CPU."""
+    shutil.copytree(evidence.CUDA.parent, tmp_path / "csrc")
+    monkeypatch.setattr(evidence, "CUDA", tmp_path / "csrc" / "cuda")
+    before = evidence.sources_digest()
+    with (tmp_path / "csrc" / file).open("a") as text:
+        text.write(" ")
+    assert evidence.sources_digest() != before
 
 
 def test_cuda_evidence_is_of_these_sources_and_files_agree() -> None:
