@@ -23,7 +23,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import recbole_peer
-from harness import Table, peak_megabytes
+from harness import Table, forget_peak, peak_megabytes
 
 import deeprec
 from deeprec.integrations import patching
@@ -76,8 +76,11 @@ def trl_step(
     return step, model
 
 
-def patched(target: str, call: Callable[[], Any]) -> Callable[[], Any]:
-    """``call`` under the patch, which is switched here so as not to time the search of modules."""
+def patched(target: str, call: Callable[[], Any]) -> tuple[Callable[[], Any], Callable[[], int]]:
+    """``call`` under the patch, which is switched here so as not to time the search of modules.
+
+    And how many calls of the library's functions became ours.
+    """
     with deeprec.patch(target) as patch:
         places = [(item.owner, item.attribute, item) for item in patch._planned]
         holders = patching._holders(item.ours for item in patch._planned)
@@ -92,7 +95,7 @@ def patched(target: str, call: Callable[[], Any]) -> Callable[[], Any]:
             for owner, name, item in places:
                 setattr(owner, name, item.original)
 
-    return run
+    return run, lambda: sum(item.usage.taken for item in patch._planned)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -101,12 +104,19 @@ def patched(target: str, call: Callable[[], Any]) -> Callable[[], Any]:
 def test_trl_log_prob_step(table: Table, prompt: int, backward: bool, dtype: str) -> None:
     pytest.importorskip("trl")
     rows, length, vocabulary, hidden = SHORT if table.short else SHAPE
-    step, _ = trl_step(dtype, rows, length, prompt, vocabulary, hidden, backward)
-    ours = patched("trl", step)
-    expected, made = step(), ours()
-    for theirs, values in zip(expected, made, strict=True):
-        tolerance = 1e-3 if dtype == "fp32" else 0.1
+    step, model = trl_step(dtype, rows, length, prompt, vocabulary, hidden, backward)
+    ours, taken = patched("trl", step)
+    tolerance = 1e-3 if dtype == "fp32" else 0.1
+    expected = step()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    assert bool(gradients) == backward and taken() == 0
+    for theirs, values in zip(expected, ours(), strict=True):
         torch.testing.assert_close(values, theirs, rtol=tolerance, atol=tolerance)
+    assert taken() > 0
+    made = (p.grad for p in model.parameters() if p.grad is not None)
+    for theirs, gradient in zip(gradients, made, strict=True):
+        near = 0.1 * tolerance * float(theirs.abs().max())
+        torch.testing.assert_close(gradient, theirs, rtol=0, atol=near)
     products = 4 if backward else 1  # logits, and again for the two gradients
     table.row(
         "TRL log-prob step",
@@ -160,6 +170,7 @@ def measure_growth(threads: str, _: str, who: str, dtype: str, *numbers: str) ->
     small()  # loads code and thread pools
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter).add_(1)  # touched, so resident
+    forget_peak()
     before = peak_megabytes()
     step()
     return peak_megabytes() - before
@@ -181,8 +192,9 @@ def test_recbole_evaluation(
     if table.short and data != "ml-100k":
         pytest.skip("the smallest data only")
     evaluate, what = recbole_peer.evaluation(model, data, recbole_data, monkeypatch)
-    ours = patched("recbole", evaluate)
+    ours, taken = patched("recbole", evaluate)
     assert ours() == evaluate()
+    assert taken() > 0
     table.row(
         "RecBole full-sort evaluation", what, ours={"patched": ours}, peers={"RecBole": evaluate}
     )

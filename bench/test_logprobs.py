@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from harness import Table, peak_megabytes
+from harness import Table, forget_peak, peak_megabytes
 from logprob_peers import HOLDS_LOGITS, Peer, gather_peers, linear_peers
 
 from deeprec import gather_logprobs, linear_logprobs
@@ -50,11 +51,12 @@ def outcome(peer: Peer, *arguments: Tensor) -> Tensor | str:
         return type(error).__name__
 
 
-def backward(peer: Peer, leaves: list[Tensor], ids: Tensor) -> Callable[[], None]:
-    def run() -> None:
+def backward(peer: Peer, leaves: list[Tensor], ids: Tensor) -> Callable[[], Tensor | None]:
+    def run() -> Tensor | None:
         for leaf in leaves:
             leaf.grad = None
         peer(*leaves, ids).sum().backward()
+        return leaves[0].grad
 
     return run
 
@@ -65,15 +67,16 @@ def measure(
     what: Mapping[str, Any],
     ours: Peer,
     peers: Mapping[str, Peer],
-    arguments: tuple[list[Tensor], Tensor, Tensor],
+    arguments: tuple[list[Tensor], Tensor, Tensor, Tensor],
     once: bool = False,
     **cost: Any,
 ) -> None:
     """Rows for forward and forward + backward of one shape, and one of errors.
 
-    ``arguments`` are the inputs, token ids and float64 log-probs of the first CHECKED rows.
+    ``arguments`` are the inputs, token ids and, in float64 and of the first CHECKED rows, log-probs
+    and the gradients in the first input.
     """
-    inputs, ids, truth = arguments
+    inputs, ids, truth, slope = arguments
     everyone = {"deeprec": ours, **peers}
     outcomes = {name: outcome(peer, *inputs, ids) for name, peer in everyone.items()}
     error = {
@@ -99,14 +102,24 @@ def measure(
     )
     result["notes"]["fastest peer"] = result.get("fastest_peer", "none ran")
     leaves = [x.clone().requires_grad_() for x in inputs]
+    ours_backward, made = backward(ours, leaves, ids), {}
+
+    def keeping_gradient() -> None:
+        made["gradient"] = ours_backward()
+
     result = table.row(
         op,
         {**what, "pass": "+ backward"},
-        ours={"deeprec": backward(ours, leaves, ids)},
+        ours={"deeprec": keeping_gradient},
         peers={name: backward(peer, leaves, ids) for name, peer in alive.items()},
         once=once,
     )
     result["notes"]["fastest peer"] = result.get("fastest_peer", "none ran")
+    # Sums over the vocabulary in float32: up to 21 roundings of the largest are seen; and one of
+    # the result, in its dtype.
+    gradient = made["gradient"]
+    near = (128 * 2**-24 + torch.finfo(gradient.dtype).eps / 2) * float(slope.abs().max())
+    torch.testing.assert_close(gradient[: len(slope)].double(), slope, rtol=0, atol=near)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -120,14 +133,16 @@ def test_gather_logprobs(table: Table, rows: int, vocabulary: int, dtype: str) -
     torch.manual_seed(0)
     logits = torch.randn(rows, vocabulary).mul_(3).to(DTYPES[dtype])
     ids = torch.randint(0, vocabulary, (rows,))
-    truth = logits[:CHECKED].double().log_softmax(-1).gather(-1, ids[:CHECKED, None])[:, 0]
+    logprobs = logits[:CHECKED].double().log_softmax(-1)
+    truth = logprobs.gather(-1, ids[:CHECKED, None])[:, 0]
+    slope = F.one_hot(ids[:CHECKED], vocabulary) - logprobs.exp()
     measure(
         table,
         "gather_logprobs",
         {"T": rows, "V": vocabulary, "dtype": dtype},
         gather_logprobs,
         gather_peers(compiled=(rows, vocabulary) == (2048, 49_152)),
-        ([logits], ids, truth),
+        ([logits], ids, truth, slope),
         operations=rows * vocabulary,
         unit="exp_sum",
         bytes_read=logits.nbytes,
@@ -158,16 +173,18 @@ def test_linear_logprobs(table: Table, rows: int, size: int, vocabulary: int, dt
     hidden = torch.randn(rows, size).to(DTYPES[dtype])
     weight = torch.randn(vocabulary, size).mul_(3 * size**-0.5).to(DTYPES[dtype])
     ids = torch.randint(0, vocabulary, (rows,))
-    logits = hidden[:CHECKED].double() @ weight.double().T
-    truth = logits.log_softmax(-1).gather(-1, ids[:CHECKED, None])[:, 0]
-    del logits
+    exact = weight.double()
+    logprobs = (hidden[:CHECKED].double() @ exact.T).log_softmax(-1)
+    truth = logprobs.gather(-1, ids[:CHECKED, None])[:, 0]
+    slope = exact[ids[:CHECKED]] - logprobs.exp() @ exact
+    del exact, logprobs
     measure(
         table,
         "linear_logprobs",
         {"T": rows, "H": size, "V": vocabulary, "dtype": dtype},
         linear_logprobs,
         peers_at(rows, size, vocabulary, dtype),
-        ([hidden, weight], ids, truth),
+        ([hidden, weight], ids, truth, slope),
         once=2.0 * rows * size * vocabulary > ONCE,
         operations=2.0 * rows * size * vocabulary,
         unit="fp32_fma" if dtype == "fp32" else "bf16_dot",
@@ -188,6 +205,7 @@ def megabytes_of(name: str, rows: int, size: int, vocabulary: int, dtype: str) -
     peer(*problem(64, 64)).sum().backward()
     hidden, weight, ids = problem(rows, vocabulary)
 
+    forget_peak()
     before = peak_megabytes()
     peer(hidden, weight, ids).sum().backward()
     returned = hidden.nbytes + weight.nbytes

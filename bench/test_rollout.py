@@ -86,6 +86,6 @@ def test_smollm2_three_turns(table: Table, peer: str, dtype: torch.dtype, tmp_pa
         unit="fp32_fma" if dtype == torch.float32 else "bf16_dot",
     )
     # Every run forwarded the same: each prompt and observation once, and a row per sampled token.
-    assert engine.forwarded_tokens % forwarded(talk) == 0
+    assert engine.forwarded_tokens > 0 and engine.forwarded_tokens % forwarded(talk) == 0
     for name, milliseconds in result["median_ms"].items():
         result["notes"][f"{name} tok/s"] = f"{1e3 * talk.sampled / milliseconds:.0f}"

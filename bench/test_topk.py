@@ -24,7 +24,7 @@ from harness import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from deeprec import ItemIndex, SeenItems
+from deeprec import ItemIndex, SeenItems, TopK
 
 K = 20
 BATCHES = (1, 16, 64, 256, 512)
@@ -120,6 +120,14 @@ def peers(x: Tensor, q: Tensor, flat: Any) -> dict[str, Callable[[], Any]]:
     return found
 
 
+def check_excluded(found: TopK, everything: TopK, seen: SeenItems) -> None:
+    """Nothing excluded is found, and what is left of the answer without exclusions comes first."""
+    for row, items in enumerate(found.indices.tolist()):
+        gone = set(seen[row : row + 1].ids.tolist())
+        left = [item for item in everything.indices[row].tolist() if item not in gone]
+        assert items[: len(left)] == left and not gone & set(items)
+
+
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize(
     ("items", "dim", "kind"), CASES, ids=[f"{n}x{d}-{kind}" for n, d, kind in CASES]
@@ -136,6 +144,7 @@ def test_topk(table: Table, items: int, dim: int, kind: str, batch: int) -> None
     rescored = index.stats().rescored_per_query
     random = torch.Generator().manual_seed(1)
     seen = SeenItems.from_padded(torch.randint(len(x), (batch, 200), generator=random), pad=-1)
+    check_excluded(index.search(q, K, seen), answer, seen)
     settings = [f"{name}={os.environ[name]}" for name in ENVIRONMENT if name in os.environ]
     result = table.row(
         "topk",

@@ -67,10 +67,19 @@ def operations(config: TRMConfig, lengths: Tensor) -> float:
     return 2.0 * (full + last + adaptor + 2 * pairs)  # the last: both convolutions
 
 
-def check(model: PreferenceAwareTRM, asked: tuple[Tensor, Tensor, Tensor], peers: Any) -> None:
+def check(
+    model: PreferenceAwareTRM, asked: tuple[Tensor, Tensor, Tensor], states: Tensor, peers: Any
+) -> None:
+    """Against every peer, of a few users where none is measured; a later turn finds the same."""
     found = model.retrieve(*asked, K, exclude_history=True)
     for peer in peers.values():
         torch.testing.assert_close(found.values, peer().values, rtol=0, atol=1e-5)
+    if not peers:
+        few = eager_module(model, K)(*(part[:8] for part in asked))
+        torch.testing.assert_close(found.values[:8], few.values, rtol=0, atol=1e-5)
+    later = model.pack().retrieve(*asked, K, exclude_history=True, states=states)
+    assert torch.equal(later.indices, found.indices)
+    assert torch.equal(later.values, found.values)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -90,7 +99,7 @@ def test_trm(table: Table, items: int, length: int | str, batch: int) -> None:
         peers["eager module"] = partial(eager_module(model, K), *asked)
         if width == 20 and batch in COMPILED and not table.short:
             peers["cached, compiled"] = partial(compiled_of(items, longest), *asked)
-    check(model, asked, peers)
+    check(model, asked, states, peers)
     best = packed.retrieve(*asked, K).indices
     kept = half.retrieve(*asked, K).indices
     result = table.row(

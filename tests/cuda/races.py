@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from evidence import CUDA, ROOT, sources_digest
-from launches import Launch, direct_top_k, gather, indexed_top_k, launches, linear, short_names, trm
+from launches import SMALL, Launch, launches, short_names
 from specialised_ptx import Specialised, entries, source_line
 
 DECIDED = ("race_free", "potential_race", "not_wellsynced")
@@ -51,20 +51,9 @@ def words(argument: bytes) -> tuple[int, ...]:
     return struct.unpack(f"<{len(whole) // 8}Q", whole)
 
 
-def small_trm() -> list[Launch]:
-    shape = {"text_dim": 12, "hidden": 40, "inner": 36, "n_heads": 2, "n_experts": 3}
-    return launches(lambda: trm(2, **shape, max_length=5))
-
-
 def small_launches() -> list[Launch]:
     torch.manual_seed(0)
-    return small_trm() + launches(
-        lambda: direct_top_k(dim=12, k=5, rows=70, queries=3),
-        lambda: direct_top_k(dim=12, k=1024, rows=70, queries=1),
-        lambda: indexed_top_k(dim=12, k=5, rows=600, queries=17),
-        lambda: gather(rows=2, vocabulary=300),
-        lambda: linear(rows=3, size=36, vocabulary=150),
-    )
+    return launches(*SMALL)
 
 
 def check(ptx: str, launched: list[Launch], seconds: int = 300) -> dict[str, Any]:

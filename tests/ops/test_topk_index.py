@@ -113,17 +113,14 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         "wrong size": changed(items={**header["items"], "shape": [1 << 40, 20]}),
         "has shape": changed(items={**header["items"], "shape": [-1000, -20]}),
         "incomplete prefilter": with_header(
-            {name: entry for name, entry in header.items() if name != "items"}
-            | {"items": header["items"], "extra": {**header["items"]}},
-            data,
+            {"extra" if name == "codes" else name: entry for name, entry in header.items()}, data
         ),
     }
     for message, bad in damaged.items():
         path.write_bytes(bad)
         with pytest.raises(ValueError, match="not a usable item index") as caught:
             ItemIndex.load(path)
-        if message not in ("incomplete prefilter",):
-            assert message in str(caught.value), message
+        assert message in str(caught.value), message
     path.write_bytes(content)
     assert len(ItemIndex.load(path)) == 1000
 

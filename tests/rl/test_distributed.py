@@ -17,8 +17,7 @@ from deeprec.rl.distributed import deal
 
 SCRIPT = Path(__file__).parent / "train_in_processes.py"
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-# Its own way to several processes on CPUs is mpirun; with --multi_gpu it starts them as torchrun
-# does.
+# On CPUs it wants mpirun for several processes; with --multi_gpu it starts them as torchrun does.
 ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
 ACCELERATE += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
 TIMED = ("seconds", "tokens_per_second")
@@ -141,6 +140,21 @@ def test_scaling_counts_the_published_parameters() -> None:
 def test_sharding_needs_processes_and_an_engine_of_its_own(weights: Path) -> None:
     with pytest.raises(ValueError, match="fsdp: there is one process"):
         make_trainer(weights, replace(CONFIG, fsdp=True))
+
+
+def test_one_process_where_several_were_asked_for_is_an_error(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text("from deeprec.rl.distributed import make_accelerator\nmake_accelerator()\n")
+    one = [option for option in ACCELERATE if option != "--multi_gpu"]
+    done = subprocess.run(
+        [sys.executable, "-m", *one, "--cpu", str(script)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "asked for several processes, it has started one; add --multi_gpu" in done.stderr
 
 
 def test_work_is_dealt_evenly() -> None:

@@ -52,6 +52,7 @@ def test_bf16_is_close(tiny_policy: Callable, batch: MicroBatch) -> None:
     rounded, entropy = PolicyScorer(policy, bf16=True)(batch)
     assert rounded.dtype == entropy.dtype == torch.float32
     torch.testing.assert_close(rounded, exact, atol=0.02, rtol=0.02)
+    assert not torch.allclose(rounded, exact, atol=1e-5)  # it was bf16
 
 
 def test_gradient_checkpointing_changes_nothing(tiny_policy: Callable, batch: MicroBatch) -> None:

@@ -6,6 +6,7 @@ so that each update is planned alike everywhere and does not depend on the numbe
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -46,7 +47,8 @@ class ProcessLostError(ProcessFailedError):
 def make_accelerator() -> Accelerator:
     """The process group as ``torchrun`` or ``accelerate launch`` describes it.
 
-    Raises ValueError where accelerate is to wrap the policy itself.
+    Raises ValueError where accelerate is to wrap the policy itself, and where it was asked for
+    several processes and has started one.
     """
     # Without a GPU accelerate overlooks torchrun's processes unless it is told to use the CPU.
     accelerator = Accelerator(
@@ -59,6 +61,15 @@ def make_accelerator() -> Accelerator:
             "accelerate launch: expected plain processes (multi-GPU or multi-CPU), got "
             f"{accelerator.distributed_type.value}; set fsdp=True in RLConfig to shard the policy, "
             "and leave that option of accelerate off"
+        )
+    # With one GPU or none, accelerate launch --num_processes 8 starts a single process and says
+    # nothing. This address is all that it tells that one of the others.
+    launched = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys()
+    if accelerator.num_processes == 1 and launched and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            "accelerate launch: asked for several processes, it has started one; add --multi_gpu "
+            "(on CPUs too, instead of --cpu) or use torchrun. If one is what you want, unset "
+            "MASTER_ADDR"
         )
     return accelerator
 
