@@ -9,6 +9,7 @@ namespace {
 
 #include "cpu/topk_items.h"
 #include "cpu/topk_lanes_avx512.h"
+#include "cpu/topk_reached.h"
 #include "cpu/topk_unit_vnni.h"
 
 namespace vnni {
@@ -78,10 +79,10 @@ struct Dots {
     }
 
     uint64_t reach(const uint8_t* codes, uint64_t live, const int32_t* need,
-                   int32_t (*dots)[kBlockRows]) const {
-      if (tile_.count < kSmallestTile) return few_.reach(codes, live, need, dots);
+                   int32_t (*dots)[kBlockRows], uint32_t* rows) const {
+      if (tile_.count < kSmallestTile) return few_.reach(codes, live, need, dots, rows);
       block(codes, dots);
-      return all_queries(tile_);
+      return reached_by(tile_, need, dots, rows);
     }
 
    private:

@@ -33,13 +33,10 @@ struct Unit {
     sum = _mm256_add_epi32(sum, _mm256_madd_epi16(x.even, q.even));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(x.odd, q.odd));
   }
-  struct Below {
-    __m256i mask = _mm256_set1_epi32(-1);
-    void add(Vector sum, int32_t need) {
-      mask = _mm256_and_si256(mask, _mm256_cmpgt_epi32(_mm256_set1_epi32(need), sum));
-    }
-    bool all() const { return _mm256_movemask_epi8(mask) == -1; }
-  };
+  static uint32_t reach(Vector sum, int32_t need) {
+    const __m256i below = _mm256_cmpgt_epi32(_mm256_set1_epi32(need), sum);
+    return uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(below))) ^ 0xff;
+  }
   static void store(int32_t* p, Vector x) {
     _mm256_store_si256(reinterpret_cast<__m256i*>(p), x);
   }

@@ -25,13 +25,10 @@ struct Unit {
     return _mm256_set1_epi32(codes);
   }
   static Vector add(Vector sum, Items x, Query q) { return _mm256_dpbusd_avx_epi32(sum, x, q); }
-  struct Below {
-    __m256i mask = _mm256_set1_epi32(-1);
-    void add(Vector sum, int32_t need) {
-      mask = _mm256_and_si256(mask, _mm256_cmpgt_epi32(_mm256_set1_epi32(need), sum));
-    }
-    bool all() const { return _mm256_movemask_epi8(mask) == -1; }
-  };
+  static uint32_t reach(Vector sum, int32_t need) {
+    const __m256i below = _mm256_cmpgt_epi32(_mm256_set1_epi32(need), sum);
+    return uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(below))) ^ 0xff;
+  }
   static void store(int32_t* p, Vector x) {
     _mm256_store_si256(reinterpret_cast<__m256i*>(p), x);
   }

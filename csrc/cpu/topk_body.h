@@ -2,9 +2,9 @@
 // it has defined
 //   Lanes   eight fp64 lanes: zero, load (fp64), widen (item type), fma, total
 //   Dots    dot products of codes: tile, scratch_bytes, pack, and Session, set up once a scan:
-//           block() fills dots[query][row] for the rows of one block; reach() does so only for
-//           the queries of live subtiles, and fills only those of the returned bit mask: it may
-//           leave out a query none of whose dots reaches need
+//           block() fills dots[query][row] for the rows of one block; reach() finds the rows whose
+//           dots reach need, for the queries of live subtiles at least: it returns which queries
+//           have any, and for those fills rows[query], a bit mask, and their rows' dots
 //   reach   which of a query's dots reach a threshold, as a bit mask
 //   subtile_thresholds   the integers that the dots of a subtile's queries must reach in a block,
 //           and whether any row of it can (topk_kernels.h has the formulas)
@@ -174,70 +174,94 @@ inline void pack_once(const Table& table, Tile& tile) {
   tile.packed = true;
 }
 
+inline uint64_t live_subtiles(const Table& table, const Tile& tile, int64_t block, int32_t* need) {
+  const double* shift = shifts_of(table, tile, block);
+  uint64_t live = 0;
+  for (int j = 0; j < tile.count; j += kSubtile)
+    live |= uint64_t(subtile_thresholds(table.bounds[block], tile, shift, j, need + j))
+            << j / kSubtile;
+  return live;
+}
+
+inline void append(HitBuffer& hits, int64_t block, int query, uint32_t rows, const int32_t* dots) {
+  for (; rows; rows &= rows - 1) {
+    const int r = __builtin_ctz(rows);
+    Hit& hit = hits.hits[hits.count++];
+    hit.position = uint32_t(block * kBlockRows + r);
+    hit.query = query;
+    hit.dot = dots[r];
+  }
+}
+
 int64_t scan(const Table& table, Tile& tile, int64_t begin, int64_t end, HitBuffer& hits) {
   alignas(64) int32_t dots[kMaxTile][kBlockRows];
   alignas(64) int32_t need[kMaxTile];
+  uint32_t rows[kMaxTile];
   pack_once(table, tile);
   const typename Dots::Session session(table, tile);
+  int64_t skip = tile.sampled.next(begin);
   for (int64_t block = begin; block < end; ++block) {
+    if (block == skip) {
+      skip = tile.sampled.next(block + 1);
+      continue;
+    }
     if (hits.capacity - hits.count < tile.count * kBlockRows) return block;
-    const double* shift = shifts_of(table, tile, block);
-    uint64_t live = 0;
-    for (int j = 0; j < tile.count; j += kSubtile)
-      live |= uint64_t(subtile_thresholds(table.bounds[block], tile, shift, j, need + j))
-              << j / kSubtile;
+    const uint64_t live = live_subtiles(table, tile, block, need);
     if (!live) continue;
-    uint64_t reached =
-        session.reach(table.codes + block * table.quads * 4 * kBlockRows, live, need, dots);
-    while (reached) {
+    uint64_t reached = session.reach(table.codes + block * table.quads * 4 * kBlockRows, live, need,
+                                     dots, rows);
+    for (; reached; reached &= reached - 1) {
       const int j = __builtin_ctzll(reached);
-      reached &= reached - 1;
-      uint32_t mask = reach(dots[j], need[j]);
-      while (mask) {
-        const int r = __builtin_ctz(mask);
-        mask &= mask - 1;
-        Hit& hit = hits.hits[hits.count++];
-        hit.position = uint32_t(block * kBlockRows + r);
-        hit.query = j;
-        hit.dot = dots[j][r];
-      }
+      append(hits, block, j, rows[j], dots[j]);
     }
   }
   return end;
 }
 
-inline void keep_best(const int32_t* __restrict dots, float shift, float offset, float scale,
-                      int32_t first, float* __restrict score, int32_t* __restrict dot,
-                      int32_t* __restrict position) {
+int64_t collect(const Table& table, const Tile& tile, const Sample& sample, int64_t begin,
+                int64_t end, HitBuffer& hits) {
+  alignas(64) int32_t need[kMaxTile];
+  for (int64_t i = begin; i < end; ++i) {
+    if (hits.capacity - hits.count < tile.count * kBlockRows) return i;
+    const int64_t block = tile.sampled[i];
+    const uint64_t live = live_subtiles(table, tile, block, need);
+    const int32_t* dots = sample.dots + i * sample.pitch * kBlockRows;
+    for (int j = 0; j < tile.count; ++j, dots += kBlockRows)
+      if (live >> j / kSubtile & 1) append(hits, block, j, reach(dots, need[j]), dots);
+  }
+  return end;
+}
+
+inline void keep_best(const int32_t* __restrict dots, float base, float scale, int32_t first,
+                      float* __restrict score, int32_t* __restrict position) {
   for (int r = 0; r < int(kBlockRows); ++r) {
-    const float value = shift + (float(dots[r]) - offset) * scale;
+    const float value = base + float(dots[r]) * scale;
     const bool better = value > score[r];
     score[r] = better ? value : score[r];
-    dot[r] = better ? dots[r] : dot[r];
     position[r] = better ? first + r : position[r];
   }
 }
 
-void sample(const Table& table, Tile& tile, int64_t blocks, int64_t stride, int64_t lanes,
-            const Sample& best) {
-  alignas(64) int32_t dots[kMaxTile][kBlockRows];
+void sample(const Table& table, Tile& tile, const Sample& out) {
   pack_once(table, tile);
   const typename Dots::Session session(table, tile);
-  const int64_t sets = lanes / kBlockRows;
-  for (int64_t i = 0; i < blocks; ++i) {
-    const int64_t block = i * stride;
+  const int64_t sets = out.lanes / kBlockRows;
+  for (int64_t i = 0; i < tile.sampled.count; ++i) {
+    const int64_t block = tile.sampled[i];
+    auto* dots = reinterpret_cast<int32_t(*)[kBlockRows]>(out.dots + i * out.pitch * kBlockRows);
     session.block(table.codes + block * table.quads * 4 * kBlockRows, dots);
-    // Blocks have different scales and centers, so lanes compare whole scores. They are only a preference:
-    // whoever uses the sample computes its bounds afresh.
-    const float scale = 1.0f / table.bounds[block].inverse_scale;
+    // Blocks have different scales and centers, so lanes compare whole scores. They are only a
+    // preference: whoever uses the sample computes its bounds afresh.
+    const double scale = 1.0 / table.bounds[block].inverse_scale;
     const double* shift = shifts_of(table, tile, block);
     for (int j = 0; j < tile.count; ++j) {
-      const int64_t lane = j * lanes + (i % sets) * kBlockRows;
-      keep_best(dots[j], float(shift[j] * tile.inverse_scale[j]), float(tile.offset[j]), scale,
-                int32_t(block * kBlockRows),
-                best.score + lane, best.dot + lane, best.position + lane);
+      const int64_t lane = j * out.lanes + (i % sets) * kBlockRows;
+      const double base = shift[j] * tile.inverse_scale[j] - tile.offset[j] * scale;
+      keep_best(dots[j], float(base), float(scale), int32_t(block * kBlockRows), out.score + lane,
+                out.position + lane);
     }
   }
 }
 
-constexpr Kernels kKernels{Dots::tile, Dots::scratch_bytes, scan, sample, products, fine, score, direct};
+constexpr Kernels kKernels{Dots::tile, Dots::scratch_bytes, scan,  sample, collect,
+                           products,   fine,                score, direct};

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -24,14 +25,21 @@ struct Candidate {
   static constexpr uint32_t kRefined = ~uint32_t(0);
 
   bool exact() const { return lower == upper; }
+  // Bounds may be infinite, but this is a number.
+  float middle() const { return std::max(-FLT_MAX, lower / 2 + upper / 2); }
 };
 
+// Orders are types, so that sorting compiles them in.
 // Value descending, then index ascending; only for exact scores.
-inline bool ranks_before(const Candidate& a, const Candidate& b) {
-  return a.lower > b.lower || (a.lower == b.lower && a.id < b.id);
-}
+struct RanksBefore {
+  bool operator()(const Candidate& a, const Candidate& b) const {
+    return a.lower > b.lower || (a.lower == b.lower && a.id < b.id);
+  }
+};
 
-inline bool likelier(const Candidate& a, const Candidate& b) { return a.lower > b.lower; }
+struct Likelier {
+  bool operator()(const Candidate& a, const Candidate& b) const { return a.middle() > b.middle(); }
+};
 
 // Scores one query's rows better than the first codes do, a batch at a time.
 class Rescorer {
@@ -112,12 +120,14 @@ inline int64_t drop_below(Candidate* list, int64_t n, float threshold) {
                         [=](const Candidate& c) { return c.upper < threshold; }) - list;
 }
 
-// Storage belongs to the search. The threshold only rises: at least k rows score that much.
+// Storage belongs to the search. The threshold only rises: at least k rows score that much, unless
+// it is a guess.
 struct CandidateList {
   Candidate* items;
   int64_t count = 0;
   int64_t rescored = 0, refined = 0;
   float threshold = -std::numeric_limits<float>::infinity();
+  float guess = threshold;  // what the threshold began with, to be confirmed by the answer
 
   // Room for the k best, as many that the bounds cannot tell from them, and a batch to come: with
   // a smaller batch the bounds are compared before they say much, and twice as many are scored.
@@ -134,7 +144,7 @@ struct CandidateList {
       if (count <= full - full / 4) return;
     }
     rescored += rescorer.resolve(items, count, query);
-    std::nth_element(items, items + (k - 1), items + count, ranks_before);
+    std::nth_element(items, items + (k - 1), items + count, RanksBefore());
     threshold = std::max(threshold, items[k - 1].lower);
     count = k;
   }

@@ -4,7 +4,7 @@
 //   kScratch            bytes per dimension and query of its own form of the query codes
 //   Items items(codes)  the codes of kRows rows, four dimensions each
 //   Query query(tile, quads, j, quad), add(sum, items, query), zero(), store()
-//   Below               which sums are all below their thresholds: add(sum, need), all()
+//   reach(sum, need)    which of the sums are at least need, as a bit mask
 struct Dots {
   // The codes of a tile and of a block stay in the first-level cache (32 KB) while they meet:
   // fetching a block from the second level once for eight queries costs a sixth of the time.
@@ -23,40 +23,39 @@ struct Dots {
     const Tile& tile;
 
     void block(const uint8_t* codes, int32_t (*dots)[kBlockRows]) const {
-      for (int j = 0; j < tile.count; j += kSubtile) subtile(codes, j, nullptr, dots);
+      for (int j = 0; j < tile.count; j += kSubtile) subtile(codes, j, nullptr, dots, nullptr);
     }
 
     uint64_t reach(const uint8_t* codes, uint64_t live, const int32_t* need,
-                   int32_t (*dots)[kBlockRows]) const {
+                   int32_t (*dots)[kBlockRows], uint32_t* reaching) const {
       uint64_t reached = 0;
       for (; live; live &= live - 1)
-        reached |= subtile(codes, __builtin_ctzll(live) * kSubtile, need, dots);
+        reached |= subtile(codes, __builtin_ctzll(live) * kSubtile, need, dots, reaching);
       return reached;
     }
 
     uint64_t subtile(const uint8_t* codes, int j, const int32_t* need,
-                     int32_t (*dots)[kBlockRows]) const {
+                     int32_t (*dots)[kBlockRows], uint32_t* reaching) const {
       const int end = tile.count < j + kSubtile ? tile.count : j + kSubtile;
       uint64_t reached = 0;
       for (; j + Unit::kQueries <= end; j += Unit::kQueries)
-        reached |= rows<Unit::kQueries>(codes, j, need, dots);
+        reached |= rows<Unit::kQueries>(codes, j, need, dots, reaching);
       if constexpr (Unit::kQueries > 4)
-        for (; j + 4 <= end; j += 4) reached |= rows<4>(codes, j, need, dots);
-      for (; j + 2 <= end; j += 2) reached |= rows<2>(codes, j, need, dots);
-      for (; j < end; ++j) reached |= rows<1>(codes, j, need, dots);
+        for (; j + 4 <= end; j += 4) reached |= rows<4>(codes, j, need, dots, reaching);
+      for (; j + 2 <= end; j += 2) reached |= rows<2>(codes, j, need, dots, reaching);
+      for (; j < end; ++j) reached |= rows<1>(codes, j, need, dots, reaching);
       return reached;
     }
 
-    // Returns which queries had their dots stored: without thresholds all, with them all of these
-    // or none. Unrolled by pragma: the sums must be registers, and the compiler alone leaves some
+    // Returns which queries have dots that reach need; without need, all dots are stored.
+    // Unrolled by pragma: the sums must be registers, and the compiler alone leaves some
     // in memory.
     template <int kQueries>
     [[gnu::noinline]] uint64_t rows(const uint8_t* codes, int j, const int32_t* need,
-                  int32_t (*dots)[kBlockRows]) const {
+                                    int32_t (*dots)[kBlockRows], uint32_t* reaching) const {
       constexpr int kVectors = Unit::kVectors;
-      const uint64_t these = ((uint64_t(1) << kQueries) - 1) << j;
       const int64_t quads = table.quads;
-      uint64_t reached = 0;
+      uint32_t found[kQueries] = {};
       for (int64_t r = 0; r < kBlockRows; r += kVectors * Unit::kRows) {
         const uint8_t* from = codes + r * 4;
         typename Unit::Vector sum[kQueries][kVectors];
@@ -77,20 +76,17 @@ struct Dots {
           }
         }
         if (need) {
-          typename Unit::Below below[kVectors];  // independent chains
+          uint32_t any = 0;
 #pragma GCC unroll 8
           for (int q = 0; q < kQueries; ++q) {
+            uint32_t bits = 0;
 #pragma GCC unroll 8
-            for (int v = 0; v < kVectors; ++v) below[v].add(sum[q][v], need[j + q]);
+            for (int v = 0; v < kVectors; ++v)
+              bits |= Unit::reach(sum[q][v], need[j + q]) << v * Unit::kRows;
+            found[q] |= bits << r;
+            any |= bits;
           }
-          bool none = true;
-#pragma GCC unroll 8
-          for (int v = 0; v < kVectors; ++v) none &= below[v].all();
-          // A block of several passes stores all of them, or its rows would be of another block.
-          if (none && kVectors * Unit::kRows == kBlockRows) continue;
-          if (!none) reached = these;
-        } else {
-          reached = these;
+          if (!any) continue;
         }
 #pragma GCC unroll 8
         for (int q = 0; q < kQueries; ++q) {
@@ -99,7 +95,14 @@ struct Dots {
             Unit::store(dots[j + q] + r + v * Unit::kRows, sum[q][v]);
         }
       }
-      return reached;
+      if (!need) return 0;
+      uint64_t reached = 0;
+#pragma GCC unroll 8
+      for (int q = 0; q < kQueries; ++q) {
+        reaching[j + q] = found[q];
+        reached |= uint64_t(found[q] != 0) << q;
+      }
+      return reached << j;
     }
   };
 };

@@ -32,6 +32,18 @@ struct Hit {
 // beyond 2^40 saturate the integer, smaller ones are good to 2^-13 each; NaN counts as a candidate.
 constexpr double kRounding = 0.002;
 
+// Every `stride`-th block from `first` on, `count` of them.
+struct Strided {
+  int64_t first = 0, stride = 1, count = 0;
+
+  int64_t operator[](int64_t i) const { return first + i * stride; }
+  // The first of them that is not before `block`; if there is none, one that no table has.
+  int64_t next(int64_t block) const {
+    const int64_t i = block <= first ? 0 : (block - first + stride - 1) / stride;
+    return i < count ? first + i * stride : INT64_MAX;
+  }
+};
+
 struct Tile {
   int count;       // queries in use; the fields below are defined up to a whole subtile
   int8_t* codes;   // [kMaxTile, quads * 4]; zero beyond count
@@ -39,16 +51,13 @@ struct Tile {
   bool packed;     // scratch is filled
   double* shift;   // [centers, shift_stride] products with every center; on a cache line
   int64_t shift_stride;
+  Strided sampled;  // blocks that a scan leaves out
   alignas(64) double threshold[kMaxTile];
   alignas(64) double inverse_scale[kMaxTile];  // of the query's codes; the next three are in it
   alignas(64) double norm[kMaxTile];
   alignas(64) double error[kMaxTile];
   alignas(64) double offset[kMaxTile];
 };
-
-static inline uint64_t all_queries(const Tile& tile) {
-  return ~uint64_t(0) >> (kMaxTile - tile.count);
-}
 
 struct Table {
   const uint8_t* codes;
@@ -68,22 +77,30 @@ struct HitBuffer {
   int64_t count;
 };
 
+// Dots of the sampled blocks, dots[block][pitch][kBlockRows], and of every `lanes` disjoint sets of
+// rows (a multiple of kBlockRows) the best: entry [query * lanes + lane].
 struct Sample {
-  float* score;        // approximate, and -inf where the set is empty
-  int32_t* dot;        // offset included, as in Hit
-  int32_t* position;
+  int32_t* dots;      // offset included, as in Hit
+  int64_t pitch;      // queries that there is room for: pitch_of(tile.count)
+  int64_t lanes;
+  float* score;       // approximate, in units of the query's scale; must come filled with -inf
+  int32_t* position;  // where the set is not empty
 };
+
+// Matrix units write the dots of sixteen queries at a time; where queries are few, none is used.
+static inline int64_t pitch_of(int count) { return count <= 4 ? count : (count + 15) / 16 * 16; }
 
 struct Kernels {
   int (*tile)(int64_t quads);  // queries worth giving to one scan
   int64_t (*scratch_bytes)(int64_t quads);
-  // Appends candidates of blocks [begin, end); returns the first block not done, because the
-  // buffer had no room for a whole block.
+  // Appends candidates of blocks [begin, end), but those of the sample; returns the first block
+  // not done, because the buffer had no room for a whole block.
   int64_t (*scan)(const Table&, Tile&, int64_t begin, int64_t end, HitBuffer&);
-  // Of `lanes` (a multiple of 32) disjoint sets of rows out of every `stride`-th block, the best
-  // row of each: entry [query * lanes + lane]. Scores must come filled with -inf.
-  void (*sample)(const Table&, Tile&, int64_t blocks, int64_t stride, int64_t lanes,
-                 const Sample& best);
+  // Fills in a sample of tile.sampled.
+  void (*sample)(const Table&, Tile&, const Sample&);
+  // Appends candidates of sampled blocks [begin, end) as scan does, from the dots kept.
+  int64_t (*collect)(const Table&, const Tile&, const Sample&, int64_t begin, int64_t end,
+                     HitBuffer&);
   // Products of `count` rows of fp64 numbers with `queries`, widened and zero-padded to 8:
   // out[row * stride + query].
   void (*products)(const double* rows, int64_t count, int64_t dim, const double* const* queries,

@@ -37,6 +37,14 @@ struct Lanes {
   }
 };
 
+inline uint32_t reach(const int32_t* dots, int32_t need) {
+  uint32_t mask = 0;
+  for (int r = 0; r < int(kBlockRows); ++r) mask |= uint32_t(dots[r] >= need) << r;
+  return mask;
+}
+
+#include "cpu/topk_reached.h"
+
 struct Dots {
   static int tile(int64_t) { return kSubtile; }
   static int64_t scratch_bytes(int64_t) { return 0; }
@@ -61,19 +69,13 @@ struct Dots {
       }
     }
 
-    uint64_t reach(const uint8_t* codes, uint64_t, const int32_t*,
-                   int32_t (*dots)[kBlockRows]) const {
+    uint64_t reach(const uint8_t* codes, uint64_t, const int32_t* need,
+                   int32_t (*dots)[kBlockRows], uint32_t* rows) const {
       block(codes, dots);
-      return all_queries(tile);
+      return reached_by(tile, need, dots, rows);
     }
   };
 };
-
-inline uint32_t reach(const int32_t* dots, int32_t need) {
-  uint32_t mask = 0;
-  for (int r = 0; r < int(kBlockRows); ++r) mask |= uint32_t(dots[r] >= need) << r;
-  return mask;
-}
 
 inline bool subtile_thresholds(const BlockBound& bound, const Tile& tile, const double* shift,
                                int first, int32_t* need) {

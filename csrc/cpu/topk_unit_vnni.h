@@ -18,12 +18,8 @@ struct Unit {
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(q));
     return sum;
   }
-  struct Below {
-    __mmask16 mask = 0xffff;
-    void add(Vector sum, int32_t need) {
-      mask = _mm512_mask_cmplt_epi32_mask(mask, sum, _mm512_set1_epi32(need));
-    }
-    bool all() const { return mask == 0xffff; }
-  };
+  static uint32_t reach(Vector sum, int32_t need) {
+    return _mm512_cmpge_epi32_mask(sum, _mm512_set1_epi32(need));
+  }
   static void store(int32_t* p, Vector x) { _mm512_store_si512(p, x); }
 };

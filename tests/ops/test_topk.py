@@ -379,3 +379,22 @@ def test_results_carry_no_gradient_and_calls_are_counted() -> None:
     assert not got.values.requires_grad
     assert backends.op_table()[("topk_retrieve", "cpu")].calls == 1
     assert "topk_retrieve[cpu]: runs" in backends.explain("topk_retrieve", Q, X)
+
+
+@pytest.mark.parametrize("led_astray", [1, 16], ids=["one query", "all queries"])
+def test_a_sample_that_misleads_is_found_out(led_astray: int) -> None:
+    """19 of a query's 20 best rows lie in one block, which a threshold may be guessed from."""
+    torch.manual_seed(0)
+    n, k, block = 4096, 20, 32
+    rows = torch.nn.functional.normalize(torch.randn(n, 24), dim=1)
+    queries = torch.nn.functional.normalize(torch.randn(16, 24), dim=1)
+    near = queries[:1] + 0.1 * torch.randn(k - 1, 24)
+    queries[:led_astray] = queries[:1] + 0.01 * torch.randn(led_astray, 24)
+    exact_scores = []
+    for first in range(0, 8 * block, block):
+        items = rows.clone()
+        items[first : first + k - 1] = torch.nn.functional.normalize(near, dim=1)
+        index = ItemIndex(items)
+        assert_same(index.search(queries, k), brute_force(queries, items, k))
+        exact_scores.append(index.stats().rescored)
+    assert max(exact_scores) > min(exact_scores) + led_astray * k, "no block was sampled"
