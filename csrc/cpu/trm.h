@@ -51,7 +51,7 @@ struct Model {
   bool padding_row;  // row 0 of a table is not zero
   float eps;
   const float *items, *texts;     // [n_items + 1, hidden]
-  const float* kernel;            // [2 max_length, padded hidden]: the filter in time, twice
+  const float* kernel;            // [padded hidden / 16, 2 max_length, 16]: the filter in time, twice
   const float *gates, *gate_bias; // [2, padded hidden], [2]: of the filtered and the fused part
   const float* positions;         // [max_length, padded hidden]
   Norm input_norm, output_norm;

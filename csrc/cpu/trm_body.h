@@ -157,13 +157,6 @@ inline void add(float* c, const float* row, int64_t n) {
 
 // --- the contextual convolution ---
 
-// Rows of a user's items lie anywhere in the tables: asked for while the user before is at work.
-inline void prefetch(const Model& m, const int64_t* ids, int64_t n) {
-  for (const float* table : {m.items, m.texts})
-    for (int64_t j = 0; j < n; ++j)
-      for (int64_t i = 0; i < m.hidden; i += 16) __builtin_prefetch(table + ids[j] * m.hidden + i);
-}
-
 // Columns [start, start + Vec::width) of the rows of `ids`, less row 0; `rows` of [width].
 inline void gather(const Model& m, const float* table, const int64_t* ids, int64_t n,
                    int64_t start, float* out) {
@@ -181,21 +174,60 @@ inline void gather(const Model& m, const float* table, const int64_t* ids, int64
   for (int64_t j = 0; j < n; ++j) store(out + j * Vec::width, read(ids[j]) - padding);
 }
 
+constexpr int kOutputs = 4;  // positions of a convolution computed together
+
+// Positions [t, t + n) of both convolutions in one vector of channels: `ids` [length] with the
+// kernel, whose row of lag 0 is at `kernel`, and with texts. Two positions next to each other use
+// the same rows one step apart, so each row is read once and handed on.
 template <int n>
-struct Count {
-  static constexpr int value = n;
-};
+inline void convolve_block(const float* ids, int64_t length, const float* kernel,
+                           const float* texts, Vec (&a)[kOutputs], Vec (&b)[kOutputs]) {
+  constexpr int w = Vec::width;
+  Vec rows[n], words[n];  // of lags -j ... n - 1 - j, lag l at l mod n
+#pragma GCC unroll 4
+  for (int i = 1; i < n; ++i) {
+    rows[i] = load(kernel + i * kWords);
+    words[i] = load(texts + i * w);
+  }
+  const auto step = [&](int64_t j, int u) {
+    const Vec id = load(ids + j * w);
+    const int first = (n - u) % n;
+    rows[first] = load(kernel - j * kWords);
+    words[first] = load(texts - j * w);
+#pragma GCC unroll 4
+    for (int i = 0; i < n; ++i) {
+      a[i] = fma(id, rows[(first + i) % n], a[i]);
+      b[i] = fma(id, words[(first + i) % n], b[i]);
+    }
+  };
+  int64_t j = 0;
+  for (; j + n <= length; j += n)
+#pragma GCC unroll 4
+    for (int u = 0; u < n; ++u) step(j + u, u);
+#pragma GCC unroll 4
+  for (int u = 0; u < n - 1; ++u)
+    if (j + u < length) step(j + u, u);
+}
+
+template <int n = kOutputs>
+inline void convolve_rest(int count, const float* ids, int64_t length, const float* kernel,
+                          const float* texts, Vec (&a)[kOutputs], Vec (&b)[kOutputs]) {
+  if (count == n) return convolve_block<n>(ids, length, kernel, texts, a, b);
+  if constexpr (n > 1) convolve_rest<n - 1>(count, ids, length, kernel, texts, a, b);
+}
 
 // Both circular convolutions of one user, per channel and over max_length positions: ids with the
 // filter, and ids with texts / sqrt(max_length). Rows beyond the history hold row 0 of the
 // tables; with it taken off every row they are zero, and what it adds is put back as sums.
 inline void convolve(const Model& m, const int64_t* ids, int64_t n, Scratch& s, float* filtered,
                      float* fused) {
-  constexpr int w = Vec::width, kOutputs = 4;
+  constexpr int w = Vec::width;
   const int64_t stride = Scratch::row(m.width), period = m.max_length;
   float *x = s.columns, *texts = x + period * w;  // texts: two periods
   const Vec scale = set1(float(1 / std::sqrt(double(period))));
   for (int64_t start = 0; start < m.width; start += w) {
+    const float* kernel =
+        m.kernel + start / kWords * 2 * period * kWords + start % kWords;
     gather(m, m.items, ids, n, start, x);
     gather(m, m.texts, ids, n, start, texts);
     for (int64_t j = n; j < period; ++j) store(texts + j * w, set1(0.f));
@@ -208,34 +240,24 @@ inline void convolve(const Model& m, const int64_t* ids, int64_t n, Scratch& s, 
         sum_texts = sum_texts + load(texts + j * w);
       }
       for (int64_t j = 0; j < period; ++j)
-        sum_kernel = sum_kernel + load(m.kernel + j * m.width + start);
+        sum_kernel = sum_kernel + load(kernel + j * kWords);
       const int64_t left = m.hidden - start < w ? m.hidden - start : w;
       const Vec id = load_part(m.items + start, left > 0 ? left : 0, 0.f);
       const Vec text = load_part(m.texts + start, left > 0 ? left : 0, 0.f);
       constant_a = id * sum_kernel;
       constant_b = fma(id, sum_texts, fma(text, sum_ids, set1(float(period)) * id * text));
     }
-    const auto outputs = [&](int64_t t, auto count) {
-      Vec a[count.value], b[count.value];
-      for (int i = 0; i < count.value; ++i) a[i] = constant_a, b[i] = constant_b;
-      const float* kernel = m.kernel + (period + t) * m.width + start;
-      const float* text = texts + (period + t) * w;
-      for (int64_t j = 0; j < n; ++j, kernel -= m.width, text -= w) {
-        const Vec id = load(x + j * w);
-#pragma GCC unroll 4
-        for (int i = 0; i < count.value; ++i) {
-          a[i] = fma(id, load(kernel + i * m.width), a[i]);
-          b[i] = fma(id, load(text + i * w), b[i]);
-        }
-      }
-      for (int i = 0; i < count.value; ++i) {
+    const float* zero_lag = kernel + period * kWords;
+    for (int64_t t = 0; t < n; t += kOutputs) {
+      const int count = int(n - t < kOutputs ? n - t : kOutputs);
+      Vec a[kOutputs], b[kOutputs];
+      for (int i = 0; i < kOutputs; ++i) a[i] = constant_a, b[i] = constant_b;
+      convolve_rest(count, x, n, zero_lag + t * kWords, texts + (period + t) * w, a, b);
+      for (int i = 0; i < count; ++i) {
         store(filtered + (t + i) * stride + start, a[i]);
         store(fused + (t + i) * stride + start, b[i] * scale);
       }
-    };
-    int64_t t = 0;
-    for (; t + kOutputs <= n; t += kOutputs) outputs(t, Count<kOutputs>());
-    for (; t < n; ++t) outputs(t, Count<1>());
+    }
   }
 }
 
@@ -257,10 +279,13 @@ inline void embed(const Model& m, const int64_t* ids, int64_t n, Scratch& s, flo
 // --- attention of the layers before the last ---
 
 #if defined(__AVX512F__)
-// 16 x 16: interleaving rows r and r + 8 four times brings columns to rows.
-inline void transpose_square(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+// 16 x 16, the last of `rows` again where there are fewer: interleaving rows r and r + 8 four
+// times brings columns to rows.
+inline void transpose_square(const float* in, int64_t in_stride, int64_t rows, float* out,
+                             int64_t out_stride) {
   __m512i x[16], y[16];
-  for (int r = 0; r < 16; ++r) x[r] = _mm512_loadu_si512(in + r * in_stride);
+  for (int r = 0; r < 16; ++r)
+    x[r] = _mm512_loadu_si512(in + (r < rows ? r : rows - 1) * in_stride);
   const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
 #pragma GCC unroll 4
@@ -276,14 +301,16 @@ inline void transpose_square(const float* in, int64_t in_stride, float* out, int
   for (int r = 0; r < 16; ++r) _mm512_storeu_si512(out + r * out_stride, x[r]);
 }
 #else
-inline void transpose_square(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+inline void transpose_square(const float* in, int64_t in_stride, int64_t rows, float* out,
+                             int64_t out_stride) {
   for (int r = 0; r < 16; ++r)
-    for (int c = 0; c < 16; ++c) out[c * out_stride + r] = in[r * in_stride + c];
+    for (int c = 0; c < 16; ++c)
+      out[c * out_stride + r] = in[(r < rows ? r : rows - 1) * in_stride + c];
 }
 #endif
 
-// One user: softmax(Q K^T) V of every head, from [n] rows of queries, keys and values. Keys and
-// values beyond n belong to the next user: finite, masked, and weighted 0.
+// One user: softmax(Q K^T) V of every head, from [n] rows of queries, keys and values. Keys beyond
+// n repeat the last one, masked.
 inline void attend(const Model& m, const float* qkv, int64_t stride, int64_t n, Scratch& s,
                    float* out) {
   const int64_t heads = m.n_heads * m.head, keys = padded(n), score_row = Scratch::row(keys);
@@ -293,31 +320,24 @@ inline void attend(const Model& m, const float* qkv, int64_t stride, int64_t n, 
     for (int64_t j = 0; j < keys; j += 16)
       for (int64_t d = 0; d < m.head; d += 16) {
         float* panel = s.keys + (j / kPanel * m.head + d) * kPanel + j % kPanel;
-        if (j + 16 <= n) {
-          transpose_square(k + j * stride + d, stride, panel, kPanel);
-        } else {
-          for (int64_t e = 0; e < 16; ++e)
-            for (int64_t i = 0; i < 16; ++i)
-              panel[e * kPanel + i] = j + i < n ? k[(j + i) * stride + d + e] : 0.f;
-        }
+        // Whole squares beyond n are masked as well, whatever they hold, but it must be finite.
+        const int64_t row = j < n ? j : n - 1;
+        transpose_square(k + row * stride + d, stride, n - row, panel, kPanel);
       }
     pack_floats(q, stride, n, m.head, s.packed);
     for (int64_t t = 0; t < tiles(n); ++t) {
       const Range range = tile_rows(n, t);
       for (int64_t j = 0; j < keys; j += kPanel)
         multiply_rows(range.count, s.packed + range.first * m.head, s.keys + j * m.head, kPanel,
-                      m.head, s.scores + range.first * score_row + j, score_row);
+                      m.head, s.mask + j, s.scores + range.first * score_row + j, score_row);
     }
-    for (int64_t i = 0; i < n; ++i) {
-      add(s.scores + i * score_row, s.mask, keys);
-      softmax(s.scores + i * score_row, keys);
-    }
+    for (int64_t i = 0; i < n; ++i) softmax(s.scores + i * score_row, keys);
     pack_floats(s.scores, score_row, n, n, s.packed);
     const int64_t depth = (n + kWords - 1) / kWords * kWords;
     for (int64_t t = 0; t < tiles(n); ++t) {
       const Range range = tile_rows(n, t);
       for (int64_t d = 0; d < m.head; d += kPanel)
-        multiply_rows(range.count, s.packed + range.first * depth, v + d, stride, n,
+        multiply_rows(range.count, s.packed + range.first * depth, v + d, stride, n, kNoBias,
                       out + range.first * Scratch::row(heads) + h * m.head + d,
                       Scratch::row(heads));
     }
@@ -327,18 +347,26 @@ inline void attend(const Model& m, const float* qkv, int64_t stride, int64_t n, 
 // From the heads' outputs on: projection, residual, LayerNorm, feed-forward, LayerNorm, in place.
 inline void finish_layer(const Model& m, const Layer& layer, const float* attended, int64_t rows,
                          Scratch& s, float* x) {
-  const int64_t stride = Scratch::row(m.width), inner = Scratch::row(layer.up.out);
-  const auto residual = [&](float* c, int64_t row, int64_t column) {
-    add(c, x + row * stride + column, kPanel);
+  const int64_t stride = Scratch::row(m.width);
+  const auto residual = [&](const Range& range, int64_t column) {
+    for (int64_t r = range.first; r < range.first + range.count; ++r)
+      add(s.mixed + r * stride + column, x + r * stride + column, kPanel);
   };
-  linear(attended, Scratch::row(layer.out.in), rows, layer.out, s.packed, s.mixed, stride,
-         residual);
+  pack_rows(attended, Scratch::row(layer.out.in), rows, layer.out.in, m.half, s.packed);
+  linear_packed(s.packed, rows, layer.out, s.mixed, stride, residual);
   for (int64_t r = 0; r < rows; ++r)
     layer_norm(m, s.mixed + r * stride, layer.attention_norm, s.valid, x + r * stride);
-  linear(x, stride, rows, layer.up, s.packed, s.projected, inner, [](float* c, int64_t, int64_t) {
-    for (int64_t i = 0; i < kPanel; i += Vec::width) store(c + i, gelu(load(c + i)));
-  });
-  linear(s.projected, inner, rows, layer.down, s.packed, s.mixed, stride, residual);
+
+  // The inner layer goes from one product's tile into the rows of the next.
+  pack_rows(x, stride, rows, layer.up.in, m.half, s.packed);
+  for (int64_t panel = 0; panel < layer.up.out / kPanel; ++panel)
+    linear_panel(s.packed, rows, layer.up, panel, s.mixed, kPanel, [&](const Range& range) {
+      for (int64_t r = range.first; r < range.first + range.count; ++r)
+        for (int64_t v = 0; v < kPanel; v += Vec::width)
+          put_packed(gelu(load(s.mixed + r * kPanel + v)), range, r, panel * kPanel + v,
+                     layer.down.in, m.half, s.projected);
+    });
+  linear_packed(s.projected, rows, layer.down, s.mixed, stride, residual);
   for (int64_t r = 0; r < rows; ++r)
     layer_norm(m, s.mixed + r * stride, layer.feed_norm, s.valid, x + r * stride);
 }
@@ -405,7 +433,6 @@ void history_states(const Model& m, const Request& request, int64_t first, int64
     int64_t end = u, rows = 0;
     for (; end < last && (end == u || rows + lengths[end] <= kGroupItems); ++end) {
       const int64_t* ids = request.history + end * request.history_width;
-      if (end + 1 < last) prefetch(m, ids + request.history_width, lengths[end + 1]);
       embed(m, ids, lengths[end], s, x + rows * stride);
       rows += lengths[end];
     }
@@ -459,8 +486,8 @@ void add_preference(const Model& m, const Request& request, int64_t first, int64
     for (int64_t column = 0; column < m.width; column += kPanel)
       for (int64_t e = 0; e < m.n_experts; ++e)
         linear_panel(s.packed, users, m.adaptor, (e * m.width + column) / kPanel, s.mixed, kPanel,
-                     [&](int64_t row, int64_t count) {
-                       for (int64_t u = row; u < row + count; ++u) {
+                     [&](const Range& range) {
+                       for (int64_t u = range.first; u < range.first + range.count; ++u) {
                          const Vec gate = set1(s.gate[u * experts + e]);
                          float* out = states + u * m.width + column;
                          for (int64_t i = 0; i < kPanel; i += Vec::width)

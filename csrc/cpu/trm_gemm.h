@@ -27,15 +27,15 @@ inline int64_t packed_size(int64_t rows, int64_t k) {
 // --- one tile times one panel; b is [k][step] words ---
 
 template <int R>
-inline void multiply(const float* a, const float* b, int64_t step, int64_t k, float* c,
-                     int64_t stride) {
+inline void multiply(const float* a, const float* b, int64_t step, int64_t k, const float* bias,
+                     float* c, int64_t stride) {
   constexpr int w = Vec::width;
   for (int lane = 0; lane < kPanel; lane += kColumns * w) {
     Vec sums[R][kColumns];
 #pragma GCC unroll 14
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-      for (int j = 0; j < kColumns; ++j) sums[r][j] = set1(0.f);
+      for (int j = 0; j < kColumns; ++j) sums[r][j] = load(bias + lane + j * w);
     const float *x = a, *y = b + lane;
     for (int64_t start = 0; start < k; start += kWords, x += R * kWords) {
       const int64_t n = k - start < kWords ? k - start : kWords;
@@ -62,12 +62,12 @@ constexpr bool kPairs = true;  // rows are packed as pairs of bf16
 
 template <int R>
 inline void multiply_pairs(const float* a, const uint32_t* b, int64_t step, int64_t words,
-                           float* c, int64_t stride) {
+                           const float* bias, float* c, int64_t stride) {
   Vec sums[R][kColumns];
 #pragma GCC unroll 14
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-    for (int j = 0; j < kColumns; ++j) sums[r][j] = set1(0.f);
+    for (int j = 0; j < kColumns; ++j) sums[r][j] = load(bias + 16 * j);
   const uint32_t* x = (const uint32_t*)a;
   for (int64_t start = 0; start < words; start += kWords, x += R * kWords)
     for (int64_t i = 0; i < kWords; ++i, b += step) {
@@ -110,12 +110,12 @@ inline void widen(const uint32_t* p, Vec& even, Vec& odd) {
 
 template <int R>
 inline void multiply_pairs(const float* a, const uint32_t* b, int64_t step, int64_t words,
-                           float* c, int64_t stride) {
+                           const float* bias, float* c, int64_t stride) {
   constexpr int w = Vec::width;
   for (int lane = 0; lane < kPanel; lane += w) {
     Vec sums[R];
 #pragma GCC unroll 14
-    for (int r = 0; r < R; ++r) sums[r] = set1(0.f);
+    for (int r = 0; r < R; ++r) sums[r] = load(bias + lane);
     const float* x = a;
     const uint32_t* y = b + lane;
     for (int64_t start = 0; start < 2 * words; start += kWords, x += R * kWords)
@@ -136,16 +136,16 @@ inline void multiply_pairs(const float* a, const uint32_t* b, int64_t step, int6
 // A function template for the number of rows at hand.
 template <int R = kRows>
 inline void multiply_rows(int64_t rows, const float* a, const float* b, int64_t step, int64_t k,
-                          float* c, int64_t stride) {
-  if (rows == R) return multiply<R>(a, b, step, k, c, stride);
-  if constexpr (R > 1) multiply_rows<R - 1>(rows, a, b, step, k, c, stride);
+                          const float* bias, float* c, int64_t stride) {
+  if (rows == R) return multiply<R>(a, b, step, k, bias, c, stride);
+  if constexpr (R > 1) multiply_rows<R - 1>(rows, a, b, step, k, bias, c, stride);
 }
 
 template <int R = kRows>
 inline void multiply_pair_rows(int64_t rows, const float* a, const uint32_t* b, int64_t words,
-                               float* c, int64_t stride) {
-  if (rows == R) return multiply_pairs<R>(a, b, kPanel, words, c, stride);
-  if constexpr (R > 1) multiply_pair_rows<R - 1>(rows, a, b, words, c, stride);
+                               const float* bias, float* c, int64_t stride) {
+  if (rows == R) return multiply_pairs<R>(a, b, kPanel, words, bias, c, stride);
+  if constexpr (R > 1) multiply_pair_rows<R - 1>(rows, a, b, words, bias, c, stride);
 }
 
 // --- packing rows ---
@@ -183,51 +183,62 @@ inline void pack_rows(const float* a, int64_t stride, int64_t rows, int64_t k, b
   }
 }
 
+// Where element (row, column) of rows that a product of weights of this type takes lies; its tile
+// is `range`.
+inline void put_packed(Vec x, const Range& range, int64_t row, int64_t column, int64_t k,
+                       bool half, float* packed) {
+  if (half && kPairs) {
+    float* at = packed + range.first * (k / 2) + column / (2 * kWords) * range.count * kWords +
+                (row - range.first) * kWords;
+    store((Bf16*)at + column % (2 * kWords), x);
+  } else {
+    store(packed + range.first * k + column / kWords * range.count * kWords +
+              (row - range.first) * kWords + column % kWords,
+          x);
+  }
+}
+
 // --- whole products ---
 
-// c = packed rows times panel `panel` of a linear map, tile by tile, each followed by
-// finish(first row, rows): c and the rows it reads are in the first-level cache then.
+alignas(64) const float kNoBias[kPanel] = {};
+
+// c = packed rows times panel `panel` of a linear map, plus its bias, tile by tile, each followed
+// by finish(its rows): c and the rows it reads are in the first-level cache then.
 template <class Finish>
 inline void linear_panel(const float* packed, int64_t rows, const Linear& map, int64_t panel,
                          float* c, int64_t stride, Finish finish) {
   const bool pairs = map.half && kPairs;
   const int64_t words = map.half ? map.in / 2 : map.in;
   const uint32_t* weight = (const uint32_t*)map.weight + panel * words * kPanel;
+  const float* bias = map.bias ? map.bias + panel * kPanel : kNoBias;
   for (int64_t t = 0; t < tiles(rows); ++t) {
     const Range range = tile_rows(rows, t);
     const float* a = packed + range.first * (pairs ? words : map.in);
     float* out = c + range.first * stride;
     if (map.half)
-      multiply_pair_rows(range.count, a, weight, words, out, stride);
+      multiply_pair_rows(range.count, a, weight, words, bias, out, stride);
     else
-      multiply_rows(range.count, a, (const float*)weight, kPanel, words, out, stride);
-    finish(range.first, range.count);
+      multiply_rows(range.count, a, (const float*)weight, kPanel, words, bias, out, stride);
+    finish(range);
   }
 }
 
-// c = a W^T + b, then finish(row of c: 32 columns from `column` on, row, column).
+// c = a W^T + b of packed rows, then finish(rows of a tile, the first of 32 columns).
 template <class Finish>
-inline void linear(const float* a, int64_t a_stride, int64_t rows, const Linear& map,
-                   float* packed, float* c, int64_t c_stride, Finish finish) {
-  pack_rows(a, a_stride, rows, map.in, map.half, packed);
+inline void linear_packed(const float* packed, int64_t rows, const Linear& map, float* c,
+                          int64_t c_stride, Finish finish) {
   for (int64_t panel = 0; panel < map.out / kPanel; ++panel) {
     const int64_t column = panel * kPanel;
-    const float* bias = map.bias ? map.bias + column : nullptr;
     linear_panel(packed, rows, map, panel, c + column, c_stride,
-                 [&](int64_t first, int64_t count) {
-                   for (int64_t r = first; r < first + count; ++r) {
-                     float* out = c + r * c_stride + column;
-                     for (int64_t v = 0; bias && v < kPanel; v += Vec::width)
-                       store(out + v, load(out + v) + load(bias + v));
-                     finish(out, r, column);
-                   }
-                 });
+                 [&](const Range& range) { finish(range, column); });
   }
 }
 
+// c = a W^T + b.
 inline void linear(const float* a, int64_t a_stride, int64_t rows, const Linear& map,
                    float* packed, float* c, int64_t c_stride) {
-  linear(a, a_stride, rows, map, packed, c, c_stride, [](float*, int64_t, int64_t) {});
+  pack_rows(a, a_stride, rows, map.in, map.half, packed);
+  linear_packed(packed, rows, map, c, c_stride, [](const Range&, int64_t) {});
 }
 
 }  // namespace

@@ -102,12 +102,26 @@ WORK: list[tuple[str, float, float, str]] = [
 ]  # fmt: skip
 
 
+def sources() -> list[Path]:
+    """The kernels, their launchers, and what they include of csrc."""
+    found: dict[Path, None] = {}
+    rest = sorted(
+        file
+        for file in CUDA.iterdir()
+        if file.suffix in (".cu", ".cuh", ".h") and not file.name.startswith("bindings")
+    )
+    while rest:
+        file = rest.pop(0)
+        found[file] = None
+        included = re.findall(r'(?m)^#include "((?:cpu|cuda)/.+)"', file.read_text())
+        rest += [path for name in included if (path := CUDA.parent / name) not in found]
+    return list(found)
+
+
 def sources_digest() -> str:
-    """Of everything that the kernels are made of."""
     digest = hashlib.sha256()
-    for file in sorted(CUDA.iterdir()):
-        if file.suffix in (".cu", ".cuh", ".h") and not file.name.startswith("bindings"):
-            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    for file in sources():
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
 
 

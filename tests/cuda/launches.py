@@ -11,6 +11,7 @@ from types import ModuleType
 
 import torch
 from emulation import build, emulating, load
+from torch import Tensor
 
 from deeprec import AllowedTokens, ItemIndex, SeenItems, gather_logprobs, linear_logprobs
 from deeprec import topk_retrieve as topk
@@ -49,7 +50,7 @@ def functions(library: Path) -> dict[int, str]:
     return {int(address, 16): name for address, name in found}
 
 
-def launches(*calls: Callable[[], None]) -> list[Launch]:
+def launches(*calls: Callable[[], object]) -> list[Launch]:
     """What calls of the public ops launch on emulated CUDA."""
     library = build()
     kernels: ModuleType = load(library)
@@ -67,34 +68,43 @@ def launches(*calls: Callable[[], None]) -> list[Launch]:
     ]
 
 
-# ---- calls that launch every kernel, small but for what decides a block and its memory ----
+# ---- calls that launch every kernel, small but for what decides a block and its memory; what they
+# compute ----
 
 
-def direct_top_k(dim: int, k: int, rows: int, queries: int) -> None:
+def direct_top_k(dim: int, k: int, rows: int, queries: int) -> list[Tensor]:
+    found = []
     for dtype in DTYPES:
         items = torch.randn(rows, dim).to(dtype)
-        topk(torch.randn(queries, dim), items, k, backend="cuda")
+        found += topk(torch.randn(queries, dim), items, k, backend="cuda")
+    return found
 
 
-def indexed_top_k(dim: int, k: int, rows: int, queries: int) -> None:
+def indexed_top_k(dim: int, k: int, rows: int, queries: int) -> list[Tensor]:
+    found = []
     for dtype in DTYPES:
         index = ItemIndex(torch.randn(rows, dim).to(dtype))
         for batch in (1, queries):  # both sizes of a tile
             seen = SeenItems.from_lists([[0]] * batch)
-            index.search(torch.randn(batch, dim), k, seen, backend="cuda")
+            found += index.search(torch.randn(batch, dim), k, seen, backend="cuda")
+    return found
 
 
-def gather(rows: int, vocabulary: int) -> None:
+def gather(rows: int, vocabulary: int) -> list[Tensor]:
+    found = []
     for dtype in DTYPES:
         ids = torch.zeros(rows, 1).long()
         for allowed in (None, AllowedTokens.from_lists([[0]] + [None] * (rows - 1))):
             logits = torch.randn(rows, vocabulary).to(dtype).requires_grad_()
             asked = {"allowed": allowed, "backend": "cuda"}
-            gather_logprobs(logits, ids, **asked).sum().backward()
-            gather_logprobs(logits, ids, entropy=True, **asked)
+            values = gather_logprobs(logits, ids, **asked)
+            found += [values, *torch.autograd.grad(values.sum(), logits)]
+            found += gather_logprobs(logits, ids, entropy=True, **asked)
+    return found
 
 
-def linear(rows: int, size: int, vocabulary: int) -> None:
+def linear(rows: int, size: int, vocabulary: int) -> list[Tensor]:
+    found = []
     for dtype in (torch.float32, torch.bfloat16):
         ids = torch.zeros(rows).long()
         for allowed in (None, AllowedTokens.from_lists([[0]] + [None] * (rows - 1))):
@@ -103,13 +113,27 @@ def linear(rows: int, size: int, vocabulary: int) -> None:
                 for shape in ((rows, size), (vocabulary, size), (vocabulary,))
             )
             asked = {"bias": bias, "allowed": allowed, "backend": "cuda"}
-            linear_logprobs(hidden, weight, ids, **asked).sum().backward()
-            linear_logprobs(hidden, weight, ids, entropy=True, **asked)
+            values = linear_logprobs(hidden, weight, ids, **asked)
+            found += [values, *torch.autograd.grad(values.sum(), (hidden, weight, bias))]
+            found += linear_logprobs(hidden, weight, ids, entropy=True, **asked)
+    return found
 
 
-def trm(users: int, **shape: int) -> None:
+def trm(users: int, **shape: int) -> list[Tensor]:
     model = PreferenceAwareTRM(TRMConfig(n_items=50, **shape)).eval()
     width = model.config.max_length
     history, lengths = torch.ones(users, width).long(), torch.full((users,), width)
     preference = torch.randn(users, model.config.text_dim)
-    model.pack().user_vectors(history, lengths, preference, backend="cuda")
+    return [model.pack().user_vectors(history, lengths, preference, backend="cuda")]
+
+
+SMALL_TRM = {"text_dim": 12, "hidden": 40, "inner": 36, "n_heads": 2, "n_experts": 3}
+# Every kernel of csrc/cuda.
+SMALL: tuple[Callable[[], list[Tensor]], ...] = (
+    lambda: trm(2, **SMALL_TRM, max_length=5),
+    lambda: direct_top_k(dim=12, k=5, rows=70, queries=3),
+    lambda: direct_top_k(dim=12, k=1024, rows=70, queries=1),
+    lambda: indexed_top_k(dim=12, k=5, rows=600, queries=17),
+    lambda: gather(rows=2, vocabulary=300),
+    lambda: linear(rows=3, size=36, vocabulary=150),
+)

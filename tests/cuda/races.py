@@ -21,12 +21,14 @@ from typing import Any
 
 import torch
 from evidence import CUDA, ROOT, sources_digest
-from launches import Launch, direct_top_k, gather, indexed_top_k, launches, linear, short_names, trm
-from specialised_ptx import Specialised, entries
+from launches import SMALL, Launch, launches, short_names
+from specialised_ptx import Specialised, entries, source_line
 
+DECIDED = ("race_free", "potential_race", "not_wellsynced")
 RESULT = ROOT / "docs" / "gpu_races.json"
 # The architecture whose synchronisation sentryward models.
-COMPILE = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-ptx", "-arch=compute_100a"]
+COMPILE = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-ptx", "-lineinfo"]
+COMPILE += ["-arch=compute_100a"]
 
 
 def by_kernel(found: list[Launch]) -> dict[str, list[Launch]]:
@@ -49,30 +51,21 @@ def words(argument: bytes) -> tuple[int, ...]:
     return struct.unpack(f"<{len(whole) // 8}Q", whole)
 
 
-def small_trm() -> list[Launch]:
-    shape = {"text_dim": 12, "hidden": 40, "inner": 36, "n_heads": 2, "n_experts": 3}
-    return launches(lambda: trm(2, **shape, max_length=5))
-
-
 def small_launches() -> list[Launch]:
     torch.manual_seed(0)
-    return small_trm() + launches(
-        lambda: direct_top_k(dim=12, k=5, rows=70, queries=3),
-        lambda: direct_top_k(dim=12, k=1024, rows=70, queries=1),
-        lambda: indexed_top_k(dim=12, k=5, rows=600, queries=17),
-        lambda: gather(rows=2, vocabulary=300),
-        lambda: linear(rows=3, size=36, vocabulary=150),
-    )
+    return launches(*SMALL)
 
 
 def check(ptx: str, launched: list[Launch], seconds: int = 300) -> dict[str, Any]:
-    """The verdict on the first launch that sentryward can decide, else on the last."""
+    """The verdict on the first launch that sentryward can decide, else why it decides none."""
     found: dict[str, Any] = {"result": "not launched"}
+    reasons: dict[str, None] = {}  # in order
     for launch in launched:
         found = check_launch(Specialised(ptx, launch), launch, seconds)
-        if found["result"] in ("race_free", "potential_race", "not_wellsynced"):
-            break
-    return found
+        if found["result"] in DECIDED:
+            return found
+        reasons |= dict.fromkeys(found["why"])
+    return {**found, "why": list(reasons)}
 
 
 def check_launch(kernel: Specialised, launch: Launch, seconds: int) -> dict[str, Any]:
@@ -85,10 +78,15 @@ def check_launch(kernel: Specialised, launch: Launch, seconds: int) -> dict[str,
         answer = verify(module, input=config, timeout_seconds=seconds)
     found = {"result": answer["result"], "grid": list(launch.grid), "threads": launch.threads}
     if answer["result"] != "race_free":
-        found["why"] = [
-            f"{d.get('code')}: {d.get('message', '')}" for d in answer.get("diagnostics", [])[:1]
-        ]
+        found["why"] = [reason(kernel.text, said) for said in answer.get("diagnostics", [])[:1]]
     return found
+
+
+def reason(text: str, diagnostic: dict[str, Any]) -> str:
+    """What the tool says, and the source line it says it of."""
+    why = f"{diagnostic.get('code')}: {diagnostic.get('message', '')}"
+    place = diagnostic.get("details", {}).get("location")
+    return f"{why} ({source_line(text, place['line'])})" if place else why
 
 
 def compile_ptx(folder: Path = CUDA, files: str = "*.cu") -> dict[str, str]:

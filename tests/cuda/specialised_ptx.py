@@ -29,14 +29,31 @@ OPERATIONS: dict[str, Callable[..., int]] = {
     **{"setp.eq": lambda a, b: int(a == b), "setp.ne": lambda a, b: int(a != b)},
 }
 ALIGNMENT_MASKS = (1, 3, 7, 15)
+SOURCE = "// csrc/cuda/"
 
 
 def entries(ptx: str) -> dict[str, str]:
-    """Each kernel of a PTX file as a module of its own, by mangled name; without debug lines."""
-    text = re.sub(r"(?m)^\s*\.(loc|file)\b.*\n", "", re.split(r"\n\s*\.section\s+\.debug", ptx)[0])
+    """Each kernel of a PTX file as a module of its own, by mangled name; lines of csrc/cuda that
+    instructions are of are comments."""
+    files = dict(re.findall(r'(?m)^\s*\.file\s+(\d+) "[^"]*/cuda/([\w.]+)"', ptx))
+
+    def comment(line: re.Match[str]) -> str:
+        """The innermost place of those it was inlined at."""
+        places = re.findall(r"(?:\.loc\s+|inlined_at )(\d+) (\d+)", line[0])
+        own = [f"{SOURCE}{files[file]}:{at}\n" for file, at in places if file in files]
+        return own[0] if own else ""
+
+    text = re.sub(r"(?m)^\s*\.loc\b.*\n", comment, re.split(r"\n\s*\.section\s+\.debug", ptx)[0])
+    text = re.sub(r"(?m)^\s*\.file\b.*\n", "", text)
     head, *parts = re.split(r"(?m)^(?=\s*(?:\.visible |\.weak )?\.(?:entry|func)\b)", text)
     named = {name[1]: part for part in parts if (name := re.search(r"\.entry\s+(\w+)\(", part))}
     return {name: head + part for name, part in named.items()}
+
+
+def source_line(text: str, line: int) -> str:
+    """The line of csrc/cuda that a line (from 1) of such a module is of."""
+    above = [x for x in text.split("\n")[:line] if x.startswith(SOURCE)]
+    return above[-1].removeprefix(SOURCE) if above else "no line"
 
 
 class Specialised:

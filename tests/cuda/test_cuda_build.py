@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -83,7 +85,7 @@ def test_every_cuda_launcher_without_a_driver_is_an_error(emulated: ModuleType) 
         pytest.skip("this machine has a driver")
     assert set(calls()) == {name for name in vars(_C.cuda) if name.endswith(LAUNCHERS)}
     for call in calls().values():
-        with emulating(_C.cuda), pytest.raises(RuntimeError, match=r"^CUDA: \w+: "):
+        with emulating(_C.cuda), pytest.raises(RuntimeError, match=r"^CUDA: [\w, ]+: "):
             call()
 
 
@@ -131,6 +133,19 @@ def test_older_devices_than_the_cuda_build_are_named(
     why = cuda.Runtime().why_not(torch.device("cuda"))
     assert (why is None) == (reason is None)
     assert reason is None or reason in str(why)
+
+
+@pytest.mark.parametrize("file", ["cuda/topk_codes.cuh", "cuda/trm.cu", "cpu/softmax_state.h"])
+def test_cuda_evidence_of_other_sources_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    """Of kernels, launchers, and headers that they share with the CPU."""
+    shutil.copytree(evidence.CUDA.parent, tmp_path / "csrc")
+    monkeypatch.setattr(evidence, "CUDA", tmp_path / "csrc" / "cuda")
+    before = evidence.sources_digest()
+    with (tmp_path / "csrc" / file).open("a") as text:
+        text.write(" ")
+    assert evidence.sources_digest() != before
 
 
 def test_cuda_evidence_is_of_these_sources_and_files_agree() -> None:

@@ -5,15 +5,19 @@ A sanitizer's runtime must be loaded before Python: its checks are processes of 
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
+import evidence
 import pytest
 import torch
 from emulation import ROOT, SCHEDULES, build, emulating, load
+from launches import SMALL, launches
 from small_trm import ask, eager, make
 from test_emulator import mutated
 
@@ -50,6 +54,21 @@ def trm_is_right() -> bool:
     return torch.allclose(users, eager(model, *asked), rtol=0, atol=1e-4)
 
 
+def test_every_shipped_kernel_gives_the_same_under_every_schedule(kernels: ModuleType) -> None:
+    """Bit for bit; that the numbers are right is what the other files test."""
+    results = []
+    with emulating(kernels):
+        for schedule in SCHEDULES:
+            kernels.set_schedule(**schedule)
+            torch.manual_seed(0)
+            results.append([tensor.detach() for call in SMALL for tensor in call()])
+    launched = {launch.kernel for launch in launches(*SMALL)}
+    assert launched == set(json.loads(evidence.RESULT.read_text())["kernels"])
+    for result in results[1:]:
+        for got, expected in zip(result, results[0], strict=True):
+            torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
 BUGS: dict[str, tuple[str, str, str, Callable[[], bool]]] = {
     "a removed barrier in the lists of candidates": (
         "topk_best.cuh",
@@ -82,6 +101,12 @@ BUGS: dict[str, tuple[str, str, str, Callable[[], bool]]] = {
         trm_is_right,
     ),
 }
+
+
+@pytest.mark.parametrize("is_right", [top_k_is_right, linear_is_right, trm_is_right])
+def test_emulated_kernels_are_right_without_a_bug(every_schedule, is_right) -> None:
+    """Else what follows would notice nothing but itself."""
+    assert is_right()
 
 
 @pytest.mark.parametrize("bug", BUGS)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import races
 from evidence import CUDA, RESULT, sources_digest
+from launches import SMALL, launches
 from test_emulator import mutated
 
 # By the beginning of their names. In float the linear gradients are undecided: the tool cannot tell
@@ -47,6 +48,6 @@ def test_cuda_race_checker_notices_a_removed_barrier(tmp_path: Path, barrier: bo
     new = line if barrier else "    // the stage is complete"
     folder = mutated(CUDA, tmp_path / "cuda", "mma_tile.cuh", line, new)
     name = "trm_dense_kernel<(Epilogue)0>"
-    launched = races.by_kernel(races.small_trm())[name]
+    launched = races.by_kernel(launches(SMALL[0]))[name]
     found = races.check(races.compile_ptx(folder, "trm.cu")[name], launched)
     assert found["result"] == ("race_free" if barrier else "potential_race")

@@ -2,13 +2,14 @@
 
 ``python tests/kernels/triton_evidence.py --write`` compiles all of them (minutes) and writes
 ``docs/gpu_evidence_triton.json`` and the table of ``docs/TRITON.md``, what ``--targets`` and
-``--cases`` leave out as it was; without ``--write`` it only compiles, checks, and demands that the
-same kernels are written. No GPU is needed, and nothing is timed.
+``--cases`` leave out as it was; without ``--write`` it only compiles, checks, and demands that what
+is written is of the same kernels and of these sources. No GPU is needed, and nothing is timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import re
@@ -105,6 +106,15 @@ CASES: dict[str, Callable[[], None]] = {
         torch.float32, hidden=512, inner=2048, n_experts=16, max_length=128
     ),
 }
+
+
+def sources_digest() -> str:
+    """Of the kernels and of what launches them."""
+    code = ROOT / "src" / "deeprec"
+    digest = hashlib.sha256()
+    for file in [*sorted((ROOT / "kernels").glob("*.py")), *sorted(code.rglob("*_triton.py"))]:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
 
 
 def resources(compiled: Compiled, target: str) -> dict[str, int]:
@@ -239,18 +249,33 @@ def main() -> int:
     parser.add_argument("--targets", nargs="+", default=[*TARGETS], choices=[*TARGETS])
     parser.add_argument("--cases", nargs="+", default=[*CASES], choices=[*CASES])
     arguments = parser.parse_args()
+    evidence, digest = json.loads(EVIDENCE.read_text()), sources_digest()
+    fresh = evidence.get("sources") == digest
+    if (
+        arguments.write
+        and not fresh
+        and (arguments.targets, arguments.cases)
+        != (
+            [*TARGETS],
+            [*CASES],
+        )
+    ):
+        parser.error("kernels have changed since the rest was written: write all of it")
+    if not arguments.write and not fresh:
+        print(f"{EVIDENCE.name} is of other sources: run this with --write")
+        return True
     rows = compile_all(arguments.jobs, arguments.targets, arguments.cases)
     bad, compiled = faults(rows), len(rows)
 
     def asked(r: dict[str, Any]) -> bool:
         return r["target"] in arguments.targets and r["case"] in arguments.cases
 
-    written = json.loads(EVIDENCE.read_text())["rows"]
+    written = evidence["rows"]
     if arguments.write:
         rows += [r for r in written if not asked(r) and r["case"] in CASES]
         places = {name: place for place, name in enumerate([*TARGETS, *CASES])}
         rows.sort(key=lambda r: (places[r["target"]], places[r["case"]]))
-        evidence = {"triton": triton.__version__, "rows": rows}
+        evidence = {"sources": digest, "triton": triton.__version__, "rows": rows}
         EVIDENCE.write_text(json.dumps(evidence, indent=1) + "\n")
         head, _, _ = TABLE.read_text().partition(MARK)
         TABLE.write_text(head + MARK + "\n" + table(rows))

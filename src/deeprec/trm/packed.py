@@ -31,7 +31,7 @@ __all__ = ["PackedTRM"]
 
 DTYPES = (torch.float32, torch.bfloat16)
 FILE, INDEX_FILE = "trm_packed.safetensors", "trm_items.safetensors"
-FORMAT = "deeprec.PackedTRM 1"
+FORMAT = "deeprec.PackedTRM 2"
 
 
 class PackedTRM:

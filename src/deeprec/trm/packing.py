@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["has_padding_row", "pack_tensors", "row_major_tensors", "sizes"]
 
 PANEL = 32
+CHANNELS = 16
 # Item texts that go through the adaptor at once.
 CHUNK = 4096
 
@@ -68,7 +69,7 @@ def pack_tensors(model: PreferenceAwareTRM, dtype: torch.dtype) -> dict[str, Ten
     tensors = {
         "items": model.item_embedding.weight.detach().contiguous(),
         "texts": adapted_texts(model),
-        "kernel": _pad(filter_in_time(model).repeat(2, 1), width),
+        "kernel": _by_channels(_pad(filter_in_time(model).repeat(2, 1), width)),
         "gates.weight": _pad(
             torch.cat([model.item_gating.weight, model.fusion_gating.weight]), width
         ),
@@ -181,6 +182,11 @@ def adapted_texts(model: PreferenceAwareTRM) -> Tensor:
 def _pad(x: Tensor, width: int) -> Tensor:
     """Zeros after the last dimension, up to ``width``."""
     return F.pad(x.detach().float(), (0, width - x.shape[-1])).contiguous()
+
+
+def _by_channels(x: Tensor) -> Tensor:
+    """``[L, H]`` → ``[H / 16, L, 16]``: what one vector of channels reads lies together."""
+    return x.unflatten(1, (-1, CHANNELS)).transpose(0, 1).contiguous()
 
 
 def _norm(name: str, norm: nn.LayerNorm) -> dict[str, Tensor]:
