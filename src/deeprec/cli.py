@@ -139,9 +139,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.pop("config")
     try:
         values = vars(by_name[command].instantiate(options))
+        config = RunConfig(**{key: value for key, value in values.items() if key != "config"})
     except ValueError as error:  # of an option that has the right type
         by_name[command].error(str(error))
-    config = RunConfig(**{key: value for key, value in values.items() if key != "config"})
     try:
         if command == "data":
             print(load_dataset(config.data).report)

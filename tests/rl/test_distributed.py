@@ -17,7 +17,7 @@ from deeprec.rl.distributed import deal
 
 SCRIPT = Path(__file__).parent / "train_in_processes.py"
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-# On CPUs its own way to several is mpirun; with --multi_gpu it starts them as torchrun does.
+# On CPUs it wants mpirun for several processes; with --multi_gpu it starts them as torchrun does.
 ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
 ACCELERATE += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
 TIMED = ("seconds", "tokens_per_second")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny_world import TITLES
 from transformers import PreTrainedTokenizerFast
 
-from deeprec.rollout import ListLines, TokenText
+from deeprec.rollout import DistinctTitles, ListLines, TokenText
 from deeprec.rollout.constraints import ListState
 from deeprec.rollout.protocol import LIST_CLOSE, LIST_OPEN, read_final_list
 
@@ -91,6 +91,27 @@ def test_what_has_no_choice_is_one_id_at_a_time(word_tokenizer: PreTrainedTokeni
     state.advance(big)
     rest = walk(state, random.Random(0))
     assert lines._text.decode(rest) == f"\n2. Heat\n{LIST_CLOSE}"
+
+
+@settings(max_examples=60, deadline=None)
+@given(titles=st.sets(st.integers(5, 40), min_size=1), named=st.lists(st.integers(0, 100)))
+def test_a_preference_names_every_title_once(titles: set[int], named: list[int]) -> None:
+    constraint = DistinctTitles("like ", tuple(sorted(titles)))
+    left = set(titles)
+    for draw in named:
+        state = constraint.open("")
+        if not left:
+            assert state.allowed() is None
+            return
+        assert state.allowed() == tuple(sorted(left))
+        title = sorted(left)[draw % len(left)]
+        state.advance(title)
+        assert state.allowed() is None
+        left.remove(title)
+
+
+def test_a_word_that_contains_the_trigger_restricts_nothing() -> None:
+    assert DistinctTitles("like ", (5, 6)).open("wise").allowed() is None
 
 
 def test_nothing_retrieved_closes_at_once(lines: ListLines) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -237,12 +238,13 @@ def talkative_model(word_tokenizer: PreTrainedTokenizerFast) -> Any:
     return model
 
 
-@pytest.mark.parametrize("constrain", [True, False])
+@pytest.mark.parametrize(("constrain", "distinct"), [(True, False), (False, False), (True, True)])
 def test_a_real_roll_out_keeps_the_trainers_logprobs(
     catalog: Catalog,
     word_tokenizer: PreTrainedTokenizerFast,
     talkative_model: Any,
     constrain: bool,
+    distinct: bool,
 ) -> None:
     env = RetrievalEnvironment(
         FakeTRM(),
@@ -251,7 +253,7 @@ def test_a_real_roll_out_keeps_the_trainers_logprobs(
         k=4,
         max_calls=3,
         prompts=PlainPrompt(word_tokenizer),
-        options=EnvironmentOptions(constrain_list=constrain),
+        options=EnvironmentOptions(constrain_list=constrain, distinct_titles=distinct),
     )
     sampling = SamplingConfig(max_turn_tokens=60, max_tokens=300)
     engine = TransformersEngine(talkative_model, word_tokenizer, sampling, max_conversations=7)
@@ -259,17 +261,24 @@ def test_a_real_roll_out_keeps_the_trainers_logprobs(
     assert len({t.finish for t in trajectories}) >= 3
     assert any(t.finish == "done" for t in trajectories) or not constrain
     assert max(len(t.turns) for t in trajectories) >= 2
+    named = 0
     for t in trajectories:
         expected = reference_logprobs(talkative_model, t.prompt_ids, t.response_ids, t.allowed)
         mask = torch.tensor(t.policy_mask, dtype=torch.bool)
         got = torch.tensor(t.logprobs)
         torch.testing.assert_close(got[mask], expected[mask], atol=1e-3, rtol=0)
         assert not got[~mask].any()
+        words = word_tokenizer.convert_ids_to_tokens(t.response_ids)
+        for n, (before, word) in enumerate(pairwise(words), 1):
+            if distinct and before == "like " and t.policy_mask[n]:
+                assert word in TITLES and len(t.allowed[n] or ()) == len(TITLES)
+                named += 1
         if constrain and t.finish == "done":
             retrieved = {item for turn in t.turns for item in turn.retrieved}
             assert len(t.ranked) == min(10, len(retrieved)) and set(t.ranked) <= retrieved
             for item, place in zip(t.ranked, t.list_positions, strict=True):
                 assert engine.text.decode([t.response_ids[place]]) == TITLES[item - 1]
+    assert bool(named) == distinct
     wide = TransformersEngine(talkative_model, word_tokenizer, sampling)
     alone = rollout(wide, env, make_requests(6)[[4]], samples_per_user=4, seed=5)
     assert [t.response_ids for t in alone] == [t.response_ids for t in trajectories[16:20]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from transformers import (
 )
 
 from deeprec.rollout import (
+    DistinctTitles,
     ListLines,
     Request,
     Sample,
@@ -74,7 +76,7 @@ def test_logprobs_equal_the_trainers_under_the_list_constraint(
     opening = tokenizer("User:" + LIST_OPEN, add_special_tokens=False).input_ids
     items = [[1, 2, 3], [*range(1, 15)], [], [16]]
     requests = [
-        Request(i, opening, seed=i, stop=(LIST_CLOSE,), constraint=lines.over(found))
+        Request(i, opening, seed=i, stop=(LIST_CLOSE,), constraints=(lines.over(found),))
         for i, found in enumerate(items)
     ]
     for sample, found in zip(engine.generate(requests), items, strict=True):
@@ -100,7 +102,7 @@ def test_forced_tokens_take_no_pass_of_their_own(
     lines = ListLines(engine.text, TITLES)
     opening = word_tokenizer(LIST_OPEN).input_ids
     constraint = lines.over(range(1, 15))
-    engine.submit(Request(0, opening, stop=(LIST_CLOSE,), constraint=constraint))
+    engine.submit(Request(0, opening, stop=(LIST_CLOSE,), constraints=(constraint,)))
     steps = 0
     done: list[Sample] = []
     while not done:
@@ -119,7 +121,7 @@ def test_the_constraint_begins_when_the_policy_writes_its_trigger(
     opened = word_tokenizer.convert_tokens_to_ids(LIST_OPEN)
     seen = 0
     for seed in range(10):
-        request = Request(seed, [5, 6], seed=seed, stop=(LIST_CLOSE,), constraint=constraint)
+        request = Request(seed, [5, 6], seed=seed, stop=(LIST_CLOSE,), constraints=(constraint,))
         (sample,) = engine.generate([request])
         check_logprobs(model, [5, 6], sample)
         if opened in sample.ids:
@@ -132,6 +134,26 @@ def test_the_constraint_begins_when_the_policy_writes_its_trigger(
             }
         engine.release(seed)
     assert seen > 2
+
+
+def test_titles_named_in_a_turn_are_distinct(word_tokenizer: PreTrainedTokenizerFast) -> None:
+    model = make_model()
+    engine = TransformersEngine(model, word_tokenizer, SamplingConfig(max_turn_tokens=400))
+    like, *titles = word_tokenizer.convert_tokens_to_ids(["like ", "Heat", "Big"])
+    most = 0
+    for seed in range(10):
+        constraint = DistinctTitles("like ", tuple(sorted(titles)))
+        (sample,) = engine.generate([Request(seed, [5, 6], seed=seed, constraints=(constraint,))])
+        check_logprobs(model, [5, 6], sample)
+        left = set(titles)
+        for n, (before, token) in enumerate(pairwise([6, *sample.ids])):
+            named = before == like and len(left) > 0
+            assert sample.allowed[n] == (tuple(sorted(left)) if named else None)
+            if named:
+                left.remove(token)
+        most = max(most, sample.ids.count(like))
+        engine.release(seed)
+    assert most > len(titles)  # in the end there is nothing left to name
 
 
 def test_a_conversation_does_not_depend_on_its_company(

@@ -132,7 +132,7 @@ def test_logprobs_under_the_list_constraint(
     opening = word_tokenizer("User:" + LIST_OPEN, add_special_tokens=False).input_ids
     items = [[1, 2, 3], [*range(1, 15)], [], [16]]
     requests = [
-        Request(i, opening, seed=i, stop=(LIST_CLOSE,), constraint=lines.over(found))
+        Request(i, opening, seed=i, stop=(LIST_CLOSE,), constraints=(lines.over(found),))
         for i, found in enumerate(items)
     ]
     for sample, found in zip(engine.generate(requests), items, strict=True):

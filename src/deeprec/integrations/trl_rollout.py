@@ -61,10 +61,11 @@ class TRLRollout:
         *,
         seed: int = 0,
     ) -> None:
-        if env.options.constrain_list:
+        if env.options.constrain_list or env.options.distinct_titles:
             raise ValueError(
-                "env constrains the final list, but TRL's log-probs are over the whole "
-                "vocabulary; use EnvironmentOptions(constrain_list=False), or deeprec.rl.Trainer"
+                "env constrains what is sampled, but TRL's log-probs are over the whole "
+                "vocabulary; use EnvironmentOptions(constrain_list=False, distinct_titles=False), "
+                "or deeprec.rl.Trainer"
             )
         self.engine, self.env, self.requests = engine, env, requests
         self.reward_model, self.seed = reward_model, seed

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,11 +67,15 @@ class AllowedTokens:
     @classmethod
     def from_lists(cls, rows: Iterable[Sequence[int] | None]) -> AllowedTokens:
         """One sequence of ids a row, in any order; None or an empty one is unrestricted."""
-        offsets, ids = [0], []
-        for row in rows:
-            ids.extend(sorted(set(row or ())))
-            offsets.append(len(ids))
-        return cls(torch.tensor(offsets, dtype=torch.int64), torch.tensor(ids, dtype=torch.int64))
+        given = [row or () for row in rows]
+        lengths = np.array([len(row) for row in given], dtype=np.int64)
+        ids = np.fromiter(chain.from_iterable(given), np.int64, lengths.sum())
+        row = np.repeat(np.arange(len(given)), lengths)
+        if ((np.diff(ids) <= 0) & (np.diff(row) == 0)).any():  # not ascending as they should be
+            row, ids = np.unique(np.stack([row, ids]), axis=1)
+            lengths = np.bincount(row, minlength=len(given))
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        return cls(torch.from_numpy(offsets), torch.from_numpy(ids))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -66,7 +66,7 @@ class EnvironmentConfig:
     max_calls: int = 3
     options: EnvironmentOptions = field(
         default_factory=lambda: EnvironmentOptions(
-            show_categories=False, constrain_list=True, closing=OPEN_LIST
+            show_categories=False, constrain_list=True, distinct_titles=True, closing=OPEN_LIST
         )
     )
 
@@ -134,6 +134,8 @@ class RunConfig:
         threads: torch threads; None leaves torch's default.
         max_rank: train on users whose target is among the TRM's first so many.
         stages: of reinforcement learning, in order; each has users of its own.
+
+    Raises ValueError where ``distinct_titles`` meets a policy that was not built from scratch.
     """
 
     name: str = "default"
@@ -159,6 +161,13 @@ class RunConfig:
     max_rank: int = 100
     stages: list[StageConfig] = field(default_factory=_stages)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        if self.policy.model is not None and self.environment.options.distinct_titles:
+            raise ValueError(
+                f"policy.model is {self.policy.model!r}, whose tokenizer takes several tokens a "
+                "title; set environment.options.distinct_titles to false"
+            )
 
 
 def plain(config: RunConfig) -> dict[str, Any]:

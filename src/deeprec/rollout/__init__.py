@@ -1,6 +1,12 @@
 """Multi-turn roll-outs: a policy that asks, a tool that answers, token in and token out."""
 
-from deeprec.rollout.constraints import Constraint, ConstraintState, ListConstraint, ListLines
+from deeprec.rollout.constraints import (
+    Constraint,
+    ConstraintState,
+    DistinctTitles,
+    ListConstraint,
+    ListLines,
+)
 from deeprec.rollout.engine import Engine, EngineError
 from deeprec.rollout.environment import (
     EnvironmentOptions,
@@ -21,6 +27,7 @@ __all__ = [
     "ChatPrompt",
     "Constraint",
     "ConstraintState",
+    "DistinctTitles",
     "Engine",
     "EngineError",
     "EnvironmentOptions",

@@ -1,18 +1,20 @@
 """Constrained decoding: which tokens may come next.
 
 A final list may only hold titles that were retrieved in its conversation and not listed yet. The
-lines are walked as a trie of token sequences, so titles of one token and of many work alike.
+lines are walked as a trie of token sequences, so titles of one token and of many work alike. A
+preference may name a title of the catalogue once.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from deeprec.rollout.protocol import LIST_CLOSE, LIST_LENGTH, LIST_OPEN
 from deeprec.rollout.token_text import TokenText
 
-__all__ = ["Constraint", "ConstraintState", "ListConstraint", "ListLines"]
+__all__ = ["Constraint", "ConstraintState", "DistinctTitles", "ListConstraint", "ListLines"]
 
 
 class ConstraintState(Protocol):
@@ -28,13 +30,58 @@ class ConstraintState(Protocol):
 
 
 class Constraint(Protocol):
-    """Restricts what follows the string ``trigger``."""
+    """Restricts what follows the string ``trigger`` wherever it stands in a turn."""
 
     trigger: str
 
     def open(self, overrun: str) -> ConstraintState:
         """The state after the trigger; ``overrun`` is what its last token wrote beyond it."""
         ...
+
+
+class DistinctTitles:
+    """After "like ", one of the titles that this turn has not named yet.
+
+    For tokenizers that have one token a title.
+
+    Args:
+        trigger: what stands before a title.
+        titles: the token of each title that may be named, ascending.
+    """
+
+    def __init__(self, trigger: str, titles: tuple[int, ...]) -> None:
+        self.trigger = trigger
+        self._left = titles
+
+    def open(self, overrun: str) -> _OneTitle:
+        """See :class:`Constraint`. Words that only contain the trigger restrict nothing."""
+        return _OneTitle(self, bool(overrun))
+
+    def left(self) -> tuple[int, ...] | None:
+        """The titles not named yet; None when all are, and nothing is left to ask for."""
+        return self._left or None
+
+    def name(self, title: int) -> None:
+        """Take note that a title was named."""
+        at = bisect_left(self._left, title)
+        self._left = self._left[:at] + self._left[at + 1 :]
+
+
+class _OneTitle:
+    """Before the title, or after it."""
+
+    def __init__(self, titles: DistinctTitles, ended: bool) -> None:
+        self._titles = titles
+        self._ended = ended
+
+    def allowed(self) -> tuple[int, ...] | None:
+        """See :class:`ConstraintState`."""
+        return None if self._ended else self._titles.left()
+
+    def advance(self, token: int) -> None:
+        """See :class:`ConstraintState`."""
+        self._titles.name(token)
+        self._ended = True
 
 
 class ListLines:

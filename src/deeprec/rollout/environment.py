@@ -46,6 +46,8 @@ class EnvironmentOptions:
         every turn brings new items.
     show_categories: item lists show each title's categories on a line of their own.
     constrain_list: the final list may only hold titles retrieved in the conversation, each once.
+    distinct_titles: what a preference calls "like …" is a title of the catalogue, each once. Needs
+        a tokenizer with one token a title.
     stop_at_list: a conversation ends with its closed list; otherwise the policy has to end it.
     closing: appended by the tool to its last answer (that of call ``max_calls``). With
         ``max_calls=1`` and a closing that opens the final list, a policy gets a single turn.
@@ -55,6 +57,7 @@ class EnvironmentOptions:
     exclude_retrieved: bool = True
     show_categories: bool = True
     constrain_list: bool = False
+    distinct_titles: bool = False
     stop_at_list: bool = True
     closing: str = ""
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from deeprec.data import Requests
-from deeprec.rollout.constraints import ListLines
+from deeprec.rollout.constraints import Constraint, DistinctTitles, ListLines
 from deeprec.rollout.engine import Engine, EngineError
 from deeprec.rollout.environment import Observation, RetrievalEnvironment, ToolCall
 from deeprec.rollout.prompts import ChatPrompt
@@ -23,6 +23,7 @@ from deeprec.rollout.protocol import (
 from deeprec.rollout.sampling import mix
 from deeprec.rollout.token_text import TokenText
 from deeprec.rollout.types import Request, Sample, Trajectory, Turn
+from deeprec.trm.phrases import LIKE_PREFIX
 
 __all__ = ["ToolError", "rollout"]
 
@@ -89,6 +90,19 @@ def _list_lines(text: TokenText, titles: tuple[str, ...]) -> ListLines:
     return ListLines(text, titles)
 
 
+@lru_cache(maxsize=4)
+def _title_tokens(text: TokenText, titles: tuple[str, ...]) -> tuple[int, ...]:
+    """The token of every title, ascending; kept for the same reason."""
+    encoded = text.encode(titles)
+    for title, ids in zip(titles, encoded, strict=True):
+        if len(ids) != 1:
+            raise ValueError(
+                f"distinct_titles needs a tokenizer with one token a title, but {title!r} takes "
+                f"{len(ids)}; set distinct_titles=False in the environment's options"
+            )
+    return tuple(sorted(ids[0] for ids in encoded))
+
+
 @dataclass
 class _Talk:
     """One conversation under way; its name for the engine is its number."""
@@ -111,6 +125,9 @@ class _Talks:
     ) -> None:
         self.engine, self.env, self.requests = engine, env, requests
         self._lines = _list_lines(engine.text, env.catalog.titles)
+        self._titles: tuple[int, ...] = ()
+        if env.options.distinct_titles:
+            self._titles = _title_tokens(engine.text, env.catalog.titles)
         self._stop = (
             (PREFERENCE_CLOSE, LIST_CLOSE) if env.options.stop_at_list else (PREFERENCE_CLOSE,)
         )
@@ -160,12 +177,14 @@ class _Talks:
     def _ask(self, number: int, tokens: list[int]) -> None:
         """Let the policy go on after ``tokens``."""
         talk = self._talks[number]
-        constraint = None
+        constraints: list[Constraint] = []
         if self.env.options.constrain_list:
             found = [item for turn in talk.trajectory.turns for item in turn.retrieved]
-            constraint = self._lines.over(found)
+            constraints.append(self._lines.over(found))
+        if self.env.options.distinct_titles:
+            constraints.append(DistinctTitles(LIKE_PREFIX, self._titles))
         self.engine.submit(
-            Request(number, tokens, seed=talk.seed, stop=self._stop, constraint=constraint)
+            Request(number, tokens, seed=talk.seed, stop=self._stop, constraints=tuple(constraints))
         )
 
     def _hear(self, number: int, sample: Sample) -> ToolCall | None:

@@ -33,7 +33,6 @@ class _Turn:
     request: Request
     begin: int  # position of the first token of the answer
     state: ConstraintState | None = None
-    was_constrained: bool = False
     allowed: tuple[int, ...] = ()  # what the next token is restricted to, if state is set
     restricted: dict[int, tuple[int, ...]] = field(default_factory=dict)  # by position
 
@@ -273,16 +272,15 @@ class TransformersEngine:
         self._watch[slot] = self._watch_index(request)
         if begin >= self._limit[slot]:
             self._finish(slot, "length")
-        elif request.constraint is not None and request.tokens:
-            trigger = request.constraint.trigger
-            if self.text.decode(request.tokens).endswith(trigger):
-                turn.state, turn.was_constrained = request.constraint.open(""), True
-                self._follow(slot, turn)
+        elif request.constraints and request.tokens:
+            text = self.text.decode(request.tokens)
+            for constraint in request.constraints:
+                if text.endswith(constraint.trigger):
+                    turn.state = constraint.open("")
+            self._follow(slot, turn)
 
     def _watch_index(self, request: Request) -> int:
-        strings = request.stop
-        if request.constraint is not None:
-            strings = (*strings, request.constraint.trigger)
+        strings = (*request.stop, *(each.trigger for each in request.constraints))
         index = self._watch_of.get(strings)
         if index is None:
             index = self._watch_of[strings] = len(self._watches)
@@ -389,7 +387,7 @@ class TransformersEngine:
         return ids, picked.masked_fill_(torch.from_numpy(~valid).to(logits.device), -torch.inf)
 
     def _check(self, slot: int, turn: _Turn) -> bool:
-        """Whether the last token ended the turn; completing the trigger opens the constraint."""
+        """Whether the last token ended the turn; completing a trigger opens its constraint."""
         end = int(self._total[slot])
         token = int(self._tokens[slot, end - 1])
         if self._suspects[self._watch[slot], token]:
@@ -401,10 +399,8 @@ class TransformersEngine:
             if completed is not None and completed[0] in turn.request.stop:
                 self._finish(slot, "stop", completed[0])
                 return True
-            if completed is not None and not turn.was_constrained:
-                assert turn.request.constraint is not None
-                turn.state = turn.request.constraint.open(completed[1])
-                turn.was_constrained = True
+            if completed is not None and turn.state is None:
+                turn.state = turn.request.constraint(completed[0]).open(completed[1])
         if end >= self._limit[slot]:
             self._finish(slot, "length")
             return True

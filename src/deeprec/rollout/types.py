@@ -65,7 +65,7 @@ class Request:
             else the engine is doing, up to rounding in the model.
         stop: strings that end the turn. The token that completes one is kept whole.
         max_new_tokens: None leaves the limit to :class:`SamplingConfig`.
-        constraint: restricts tokens from its trigger on.
+        constraints: each restricts what follows its trigger.
     """
 
     conversation: Hashable
@@ -73,14 +73,18 @@ class Request:
     seed: int = 0
     stop: tuple[str, ...] = ()
     max_new_tokens: int | None = None
-    constraint: Constraint | None = None
+    constraints: tuple[Constraint, ...] = ()
+
+    def constraint(self, trigger: str) -> Constraint:
+        """The constraint that ``trigger`` opens."""
+        return next(each for each in self.constraints if each.trigger == trigger)
 
 
 @dataclass(frozen=True)
 class Sample:
     """What the policy wrote in answer to one request.
 
-    ``logprobs`` are after temperature and constraint and before top-p; a token the constraint
+    ``logprobs`` are after temperature and constraints and before top-p; a token the constraint
     forced has 0.0. ``finish`` is "stop" (then ``stop`` is the string that ended it), "eos" or
     "length".
     """

@@ -31,7 +31,6 @@ class _Turn:
     logprobs: list[float] = field(default_factory=list)
     allowed: list[Allowed] = field(default_factory=list)
     state: ConstraintState | None = None
-    was_constrained: bool = False
     choices: tuple[int, ...] = ()  # what the next token is restricted to, if state is set
 
 
@@ -149,10 +148,11 @@ class VLLMEngine:
         if begin >= limit:
             self._finish(conversation, "length")
             return
-        if request.constraint is not None and request.tokens:
-            trigger = request.constraint.trigger
-            if self.text.decode(request.tokens).endswith(trigger):
-                turn.state, turn.was_constrained = request.constraint.open(""), True
+        if request.constraints and request.tokens:
+            text = self.text.decode(request.tokens)
+            for constraint in request.constraints:
+                if text.endswith(constraint.trigger):
+                    turn.state = constraint.open("")
         self._go_on(conversation)
 
     def step(self) -> list[Sample]:
@@ -317,7 +317,7 @@ class VLLMEngine:
         conversation.turn.allowed.append(allowed)
 
     def _check(self, conversation: _Conversation) -> bool:
-        """Whether the last token ended the turn; completing the trigger opens the constraint."""
+        """Whether the last token ended the turn; completing a trigger opens its constraint."""
         turn, token = conversation.turn, conversation.ids[-1]
         assert turn is not None
         if token in self._eos:
@@ -328,10 +328,8 @@ class VLLMEngine:
             if completed is not None and completed[0] in turn.request.stop:
                 self._finish(conversation, "stop", completed[0])
                 return True
-            if completed is not None and not turn.was_constrained:
-                assert turn.request.constraint is not None
-                turn.state = turn.request.constraint.open(completed[1])
-                turn.was_constrained = True
+            if completed is not None and turn.state is None:
+                turn.state = turn.request.constraint(completed[0]).open(completed[1])
         if len(conversation.ids) >= turn.limit:
             self._finish(conversation, "length")
             return True
@@ -347,9 +345,7 @@ class VLLMEngine:
         self._done.append(Sample(name, ids, turn.logprobs, turn.allowed, finish, stop))
 
     def _watch(self, request: Request) -> StopTable:
-        strings = request.stop
-        if request.constraint is not None:
-            strings = (*strings, request.constraint.trigger)
+        strings = (*request.stop, *(each.trigger for each in request.constraints))
         if strings not in self._watches:
             self._watches[strings] = StopTable(strings, self.text)
         return self._watches[strings]
