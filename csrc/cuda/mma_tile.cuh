@@ -171,7 +171,7 @@ template <Layout kA, Layout kB>
 __device__ inline void multiply_stage(const float* a, const float* b, TileSums& sums) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int row = warp / 2 * kWarpRows + lane / 4, column = warp % 2 * kWarpColumns + lane / 4;
-#pragma unroll
+#pragma unroll 1  // two steps at once would spill
   for (int depth = lane % 4; depth < kTileDepth<float>; depth += 8) {
     uint32_t left[2][4], left_low[2][4];
 #pragma unroll
