@@ -23,7 +23,7 @@ namespace deeprec::topk {
 namespace {
 
 // Below this many multiplications a second thread costs more than it saves.
-constexpr int64_t kParallelWork = int64_t(1) << 20;
+constexpr int64_t kParallelWork = int64_t(1) << 19;
 // With this many queries a thread (half a tile), items are read from memory seldom enough for
 // threads to share the queries among them, not the items; then each query has one list.
 constexpr int64_t kQueriesPerThread = 32;
@@ -67,50 +67,77 @@ Plan make_plan(const Index& index, const Request& request, Start start) {
           index.filter.cluster ? Start::prove : start};
 }
 
-// The k best of a query's candidates, exactly, into its row of the answer; false if a guess was too
-// high, so that there may be better ones.
-bool finish(const Plan& plan, const Queries& queries, const CandidateList* lists, int64_t query,
-            std::vector<Candidate>& all, Rescorer& rescorer, const Answer& answer) {
-  const int64_t k = plan.k, asked = plan.request.k, count = plan.request.count;
-  all.clear();
-  float threshold = -kInfinity, guess = -kInfinity;
-  int64_t rescored = 0, refined = 0;
-  for (int64_t part = 0; part < plan.grid.item_parts; ++part) {
-    const CandidateList& list = lists[part * count + query];
-    all.insert(all.end(), list.items, list.items + list.count);
-    threshold = std::max(threshold, list.threshold);
-    guess = std::max(guess, list.guess);
-    rescored += list.rescored;
-    refined += list.refined;
+// The end of one query's search, in two steps: between them, other queries' work hides the time
+// that the rows to be scored take to arrive.
+class Finish {
+ public:
+  Finish(const Plan& plan, const Queries& queries, const CandidateList* lists)
+      : plan_(plan), queries_(queries), lists_(lists), rescorer_(plan.kernels, plan.index, 0) {}
+
+  // Merges the candidates of the query's cells, the likeliest first.
+  void merge(int64_t query) {
+    query_ = query;
+    threshold_ = guess_ = -kInfinity;
+    rescored_ = refined_ = 0;
+    all_.clear();
+    for (int64_t part = 0; part < plan_.grid.item_parts; ++part) {
+      const CandidateList& list = lists_[part * plan_.request.count + query];
+      all_.insert(all_.end(), list.items, list.items + list.count);
+      threshold_ = std::max(threshold_, list.threshold);
+      guess_ = std::max(guess_, list.guess);
+      rescored_ += list.rescored;
+      refined_ += list.refined;
+    }
+    const int64_t k = plan_.k;
+    if (plan_.index.filter.fine && count() > 2 * k) {
+      drop(rescorer_.kth_lower(all_.data(), count(), k));
+      if (count() > 2 * k) refined_ += rescorer_.refine(all_.data(), count(), queries_[query]);
+    }
+    likeliest_ = count() > k ? rescorer_.likeliest_first(all_.data(), count(), k) : count();
+    rescorer_.fetch(all_.data(), likeliest_);
   }
-  Candidate* c = all.data();
-  int64_t n = int64_t(all.size());
-  const auto drop = [&] { n = drop_below(c, n, threshold); };
-  if (plan.index.filter.fine && n > 2 * k) {
-    threshold = std::max(threshold, rescorer.kth_lower(c, n, k));
-    drop();
-    if (n > 2 * k) refined += rescorer.refine(c, n, queries[query]);
+
+  // The k best, exactly, into the query's row of the answer; false if a guess was too high, so that
+  // there may be better ones.
+  bool write(const Answer& answer) {
+    const int64_t k = plan_.k, asked = plan_.request.k;
+    if (count() > likeliest_) {
+      // Once the likeliest are exact, the k-th of them rules out most of the others.
+      rescored_ += rescorer_.resolve(all_.data(), likeliest_, queries_[query_]);
+      drop(rescorer_.kth_lower(all_.data(), likeliest_, k));
+    }
+    rescored_ += rescorer_.resolve(all_.data(), count(), queries_[query_]);
+    const int64_t kept = std::min(k, count());
+    std::partial_sort(all_.begin(), all_.begin() + kept, all_.end(), RanksBefore());
+    float* values = answer.values + query_ * asked;
+    int64_t* indices = answer.indices + query_ * asked;
+    for (int64_t i = 0; i < asked; ++i) {
+      values[i] = i < kept ? all_[size_t(i)].lower : -kInfinity;
+      indices[i] = i < kept ? int64_t(all_[size_t(i)].id) : -1;
+    }
+    answer.rescored[query_] += rescored_;
+    if (answer.refined) answer.refined[query_] += refined_;
+    return guess_ == -kInfinity || (kept == k && all_[size_t(k - 1)].lower >= guess_);
   }
-  if (n > k) {
-    // Once the likeliest k are exact, the least of them rules out most of the others.
-    std::nth_element(c, c + (k - 1), c + n, Likelier());
-    rescored += rescorer.resolve(c, k, queries[query]);
-    threshold = std::max(threshold, std::max_element(c, c + k, RanksBefore())->lower);
-    drop();
+
+  int64_t query() const { return query_; }
+
+ private:
+  int64_t count() const { return int64_t(all_.size()); }
+
+  void drop(float proven) {
+    threshold_ = std::max(threshold_, proven);
+    all_.resize(size_t(drop_below(all_.data(), count(), threshold_)));
   }
-  rescored += rescorer.resolve(c, n, queries[query]);
-  const int64_t kept = std::min(k, n);
-  std::partial_sort(c, c + kept, c + n, RanksBefore());
-  float* values = answer.values + query * asked;
-  int64_t* indices = answer.indices + query * asked;
-  for (int64_t i = 0; i < asked; ++i) {
-    values[i] = i < kept ? c[i].lower : -kInfinity;
-    indices[i] = i < kept ? int64_t(c[i].id) : -1;
-  }
-  answer.rescored[query] += rescored;
-  if (answer.refined) answer.refined[query] += refined;
-  return guess == -kInfinity || (kept == k && c[k - 1].lower >= guess);
-}
+
+  const Plan& plan_;
+  const Queries& queries_;
+  const CandidateList* lists_;
+  Rescorer rescorer_;
+  std::vector<Candidate> all_;
+  int64_t query_ = -1, likeliest_ = 0, rescored_ = 0, refined_ = 0;
+  float threshold_ = 0, guess_ = 0;
+};
 
 // Queries [first, first + count) of a request, and where their answers belong.
 Request part_of(const Request& request, int64_t first, int64_t count, int64_t dim) {
@@ -158,11 +185,18 @@ int64_t search_round(const Index& index, const Request& request, const Answer& a
              plan.blocks * (ip + 1) / grid.item_parts)
             .run();
       }
-      Rescorer rescorer(plan.kernels, index, capacity * grid.item_parts);
-      std::vector<Candidate> all;
-#pragma omp for schedule(static)
-      for (int64_t b = 0; b < count; ++b)
-        answered[size_t(b)] = finish(plan, queries, lists.data(), b, all, rescorer, answer);
+      Finish one(plan, queries, lists.data()), other = one;
+      Finish *merged = &one, *next = &other;
+      const auto write = [&](Finish& last) {
+        if (last.query() >= 0) answered[size_t(last.query())] = last.write(answer);
+      };
+#pragma omp for schedule(static) nowait
+      for (int64_t b = 0; b < count; ++b) {
+        next->merge(b);
+        write(*merged);
+        std::swap(merged, next);
+      }
+      write(*merged);
     }
   }
   for (int64_t b = 0; !finite && b < count; ++b)

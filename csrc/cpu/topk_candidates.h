@@ -86,16 +86,54 @@ class Rescorer {
     return int64_t(ids_.size());
   }
 
+  // Has the rows of candidates [0, n) brought into the cache.
+  void fetch(const Candidate* list, int64_t n) const {
+    const ItemRows& rows = index_.rows;
+    const int64_t size = rows.type == Dtype::f32 ? 4 : 2, bytes = rows.dim * size;
+    for (int64_t i = 0; i < n; ++i) {
+      if (list[i].exact()) continue;
+      const char* row = static_cast<const char*>(rows.data) + list[i].id * rows.stride * size;
+      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte);
+    }
+  }
+
   // Makes candidates [0, n) exact; returns how many were not.
   int64_t resolve(Candidate* list, int64_t n, const CodedQuery& query) {
     ids_.clear();
     for (int64_t i = 0; i < n; ++i)
       if (!list[i].exact()) ids_.push_back(list[i].id);
+    scores_.resize(std::max(scores_.size(), ids_.size()));
     kernels_.score(index_.rows, query.exact, ids_.data(), int64_t(ids_.size()), scores_.data());
     const float* score = scores_.data();
     for (int64_t i = 0; i < n; ++i)
       if (!list[i].exact()) list[i].lower = list[i].upper = *score++;
     return int64_t(ids_.size());
+  }
+
+  // Moves the likeliest of n > k candidates to the front: k of them, and the few that share the
+  // last one's place among kPlaces between the least and the most likely. Returns how many.
+  int64_t likeliest_first(Candidate* list, int64_t n, int64_t k) {
+    scores_.resize(std::max(scores_.size(), size_t(n)));
+    float low = FLT_MAX, high = -FLT_MAX;
+    for (int64_t i = 0; i < n; ++i) {
+      const float middle = list[i].middle();
+      scores_[size_t(i)] = middle;
+      low = std::min(low, middle);
+      high = std::max(high, middle);
+    }
+    const float places = float(kPlaces - 1) / (high - low);
+    if (!(places > 0 && places < FLT_MAX)) {
+      std::nth_element(list, list + (k - 1), list + n, Likelier());
+      return k;
+    }
+    const auto place = [=](float middle) { return int((middle - low) * places); };
+    int32_t counts[kPlaces] = {};
+    for (int64_t i = 0; i < n; ++i) ++counts[place(scores_[size_t(i)])];
+    int last = kPlaces;
+    for (int64_t found = 0; found < k;) found += counts[--last];
+    return std::partition(list, list + n, [=](const Candidate& c) {
+             return place(c.middle()) >= last;
+           }) - list;
   }
 
   // The k-th largest lower bound of n >= k candidates: a valid threshold.
@@ -108,6 +146,8 @@ class Rescorer {
   }
 
  private:
+  static constexpr int kPlaces = 64;
+
   const Kernels& kernels_;
   const Index& index_;
   std::vector<uint32_t> ids_;  // or positions

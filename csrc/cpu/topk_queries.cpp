@@ -12,6 +12,12 @@ namespace {
 constexpr int64_t kBitsPerId = 16;
 constexpr double kRoundUp = 1.0 + 0x1p-40;
 
+// std::nearbyint for |x| < 2^51, without a call.
+double nearest(double x) {
+  constexpr double kWhole = 0x1.8p52;
+  return (x + kWhole) - kWhole;
+}
+
 uint64_t hash_bit(uint32_t id, int64_t words) {
   return (uint64_t(id) * 0x9e3779b97f4a7c15u >> 20) & uint64_t(words * 64 - 1);
 }
@@ -78,7 +84,7 @@ void Queries::code(int64_t query) {
   double squares = 0, errors = 0, sum = 0;
   for (int64_t d = 0; d < dim; ++d) {
     const double scaled = z[size_t(d)] / coded.scale;
-    const double u = std::max(-127.0, std::min(127.0, std::nearbyint(scaled)));
+    const double u = std::max(-127.0, std::min(127.0, nearest(scaled)));
     codes[d] = int8_t(u);
     squares += u * u;
     errors += (scaled - u) * (scaled - u);

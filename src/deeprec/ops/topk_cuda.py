@@ -52,7 +52,7 @@ def _run(
 def _why_not(queries: Tensor, items: Tensor, k: int = 1) -> str | None:
     if k > MAX_K:
         return f"k = {k} is more than its {MAX_K}"
-    if len(items) > MAX_ITEMS:
+    if items.shape[0] > MAX_ITEMS:
         return f"{len(items)} items are more than its {MAX_ITEMS}"
     return cuda.why_not(queries, items)
 

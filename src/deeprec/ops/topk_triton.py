@@ -32,9 +32,9 @@ WORKSPACE_BYTES = 256 * 2**20
 
 def why_not(queries: Tensor, items: Tensor, k: int = 1) -> str | None:
     """None where the kernels can run, else the reason."""
-    if min(k, len(items)) > MAX_K:
+    if min(k, items.shape[0]) > MAX_K:
         return f"k = {k} is more than the {MAX_K} items that the kernels can return"
-    if len(items) > MAX_ITEMS:
+    if items.shape[0] > MAX_ITEMS:
         return f"{len(items)} items are more than {MAX_ITEMS}"
     return why_not_triton(queries)
 
