@@ -5,7 +5,9 @@
 // dimension, or "by depth", where a line is one step of the summed dimension and runs along the
 // rows. Lines may be picked by a list. bf16 products are exact; float operands are split into two
 // tf32 numbers of 11 bits each and multiplied three times (high·high, high·low, low·high), which
-// leaves about 2^-22 of a product. Sums are float, over ascending depth.
+// leaves about 2^-22 of a product, and are added outside of the tensor cores (Ootomo, Yokota,
+// "Recovering single precision accuracy from Tensor Cores", 2022). Sums are float, over ascending
+// depth.
 #pragma once
 
 #include "cuda/elements.cuh"
@@ -169,7 +171,7 @@ template <Layout kA, Layout kB>
 __device__ inline void multiply_stage(const float* a, const float* b, TileSums& sums) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int row = warp / 2 * kWarpRows + lane / 4, column = warp % 2 * kWarpColumns + lane / 4;
-#pragma unroll
+#pragma unroll 1  // two steps at once would spill
   for (int depth = lane % 4; depth < kTileDepth<float>; depth += 8) {
     uint32_t left[2][4], left_low[2][4];
 #pragma unroll
@@ -186,9 +188,14 @@ __device__ inline void multiply_stage(const float* a, const float* b, TileSums& 
         split_tf32(stage_element<kB>(b, column + j * 8, depth + c * 4), right[c], right_low[c]);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        mma_tf32(sums.sum[i][j], left_low[i], right);
-        mma_tf32(sums.sum[i][j], left[i], right_low);
-        mma_tf32(sums.sum[i][j], left[i], right);
+        // Tensor cores truncate what they add to, which over a long depth costs more than the
+        // products' parts: they start at zero, and the sum is rounded to nearest.
+        float part[4] = {};
+        mma_tf32(part, left_low[i], right);
+        mma_tf32(part, left[i], right_low);
+        mma_tf32(part, left[i], right);
+#pragma unroll
+        for (int c = 0; c < 4; ++c) sums.sum[i][j][c] += part[c];
       }
     }
   }

@@ -94,7 +94,8 @@ WORK: list[tuple[str, float, float, str]] = [
      "int8")
     for b in (1, 64, 256)
 ] + [
-    ("gather_logprobs 2048 x 49,152 bf16", 2 * T * V, 0, "bf16"),
+    ("gather_logprobs forward bf16", 2 * T * V, 0, "bf16"),
+    ("gather_logprobs forward + backward bf16", 3 * 2 * T * V, 0, "bf16"),
     ("linear_logprobs forward bf16", 2 * (T * H + V * H), 2 * T * H * V, "bf16"),
     ("linear_logprobs forward + backward bf16", 2 * 2 * (T * H + V * H), 4 * 2 * T * H * V, "bf16"),
     ("trm_user_vectors 512 users x 20", 4 * (TRM_WEIGHTS + TRM_IN_AND_OUT), 3 * 2 * TRM_PRODUCTS,

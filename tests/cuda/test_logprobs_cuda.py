@@ -22,7 +22,7 @@ OPS = HERE.parent / "ops"
 def test_the_ops_tests_pass_on_emulated_cuda() -> None:
     """In a process of its own, whose tests find a backend more."""
     files = [str(OPS / name) for name in ("test_logprobs.py", "test_linear_logprobs.py")]
-    options = ["-q", "-p", "emulated_plugin", "-p", "no:cacheprovider"]
+    options = ["-p", "emulated_plugin", "-p", "no:cacheprovider"]
     paths = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *files],
@@ -33,6 +33,8 @@ def test_the_ops_tests_pass_on_emulated_cuda() -> None:
     )
     assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-5000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout
+    # Of a file that finds no backend "cuda" nothing would be chosen.
+    assert all(f"{Path(file).name} ." in done.stdout for file in files)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -61,8 +63,14 @@ def test_gather_under_every_schedule(every_schedule, dtype: torch.dtype) -> None
     ids = torch.randint(333, (5, 3))
     values, entropy = gather_logprobs(logits, ids, entropy=True, backend="cuda")
     (values.sum() + entropy.sum()).backward()
-    exact = torch.log_softmax(logits.detach().double(), -1).gather(1, ids)
+    wide = logits.detach().double().requires_grad_()
+    logp = wide.log_softmax(-1)
+    exact, exact_entropy = logp.gather(1, ids), -(logp.exp() * logp).sum(-1)
+    (exact.sum() + exact_entropy.sum()).backward()
     torch.testing.assert_close(values.double(), exact, atol=2e-6, rtol=1e-6)
+    torch.testing.assert_close(entropy.double(), exact_entropy, atol=2e-6, rtol=1e-6)
+    near = torch.finfo(dtype).eps
+    torch.testing.assert_close(logits.grad.double(), wide.grad, atol=5e-6, rtol=near)
 
 
 def test_a_batch_split_changes_no_value_and_no_hidden_gradient(emulated) -> None:

@@ -237,6 +237,8 @@ def test_a_model_with_a_fused_head_trains_the_same(tied: bool) -> None:
             optimizer.step()
             optimizer.zero_grad()
             seen += [out.log_probs.detach(), out.entropy.detach(), out.label_mask]
+        if patched:
+            assert "ChunkedLogProbFunction -> deeprec.linear_logprobs: 3 calls" in explain()
         results.append(seen)
     for theirs, ours in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -104,6 +104,30 @@ def test_odd_shapes(backend, rows, size, vocabulary):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e4])
+def test_extreme_logits_are_as_good_as_torch(backend, scale):
+    """All alike, all but alike, and one token that has all: certain and impossible ones asked."""
+    hidden, weight, ids = case()
+    ids[::2] = (hidden @ weight.T).argmax(-1)[::2]
+    hidden *= scale
+
+    def torch_s(h, w):
+        return torch.log_softmax(h @ w.T, -1).gather(-1, ids[:, None])[:, 0]
+
+    def outcome(run, *inputs):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        values = run(*leaves)
+        return [values.detach(), *torch.autograd.grad(values.sum(), leaves)]
+
+    exact = outcome(torch_s, *in_double(hidden, weight))
+    theirs = outcome(torch_s, hidden, weight)
+    ours = outcome(lambda h, w: linear_logprobs(h, w, ids, backend=backend), hidden, weight)
+    for got, their, want in zip(ours, theirs, exact, strict=True):
+        own = (their - want).abs().max()
+        assert (got - want).abs().max() <= 3 * own + 1e-6 * want.abs().max() + 1e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_masked_hidden_is_never_read(backend):
     hidden, weight, ids = case()
     mask = torch.arange(len(ids)) % 2 == 0

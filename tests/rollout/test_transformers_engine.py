@@ -58,6 +58,7 @@ def test_logprobs_equal_the_trainers_over_three_turns(
         requests = [Request(i, ids, seed=i, stop=("s",)) for i, ids in enumerate(new)]
         samples = engine.generate(requests)
         for context, sample in zip(contexts, samples, strict=True):
+            assert 0 < len(sample.ids) <= 9
             check_logprobs(tiny_model, context, sample, temperature)
         new = [random_ids(turn + 2 * i, seed=99 + i) for i in range(10)]
         contexts = [c + s.ids + ids for c, s, ids in zip(contexts, samples, new, strict=True)]
