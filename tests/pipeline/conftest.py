@@ -77,7 +77,13 @@ def tiny_options(
         },
         "environment": {"k": 10, "max_calls": 2},
         "sampling": {"max_turn_tokens": 48, "max_tokens": 300},
-        "rl": {"train_batch": None, "precision": "fp32", "checkpoint_every": 1},
+        "rl": {
+            "train_batch": None,
+            "precision": "fp32",
+            "checkpoint_every": 1,
+            # So small a policy ends no conversation well: rewards are all alike and teach nothing.
+            "loss": {"entropy_coef": 0.1},
+        },
         "stages": [
             {"name": "stage1", "reward": "cold", **stage},
             {"name": "stage2", "reward": "rec", **stage, "credit": "list_item"},

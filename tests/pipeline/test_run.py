@@ -125,6 +125,7 @@ def test_a_killed_run_goes_on_and_completes(tiny_config: Path, tmp_path: Path) -
         time.sleep(0.3 * dice.random())
         process.kill()
         process.communicate()
+        assert process.returncode == -signal.SIGKILL  # it had not ended by itself
     last = start(tiny_config, out, "--resume")
     _, errors = last.communicate(timeout=300)
     assert last.returncode == 0, errors
@@ -167,4 +168,8 @@ def test_two_processes_make_one_run(
     together = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert [line["stage"] for line in together] == ["stage1", "stage2"]
     for one, two in zip(alone, together, strict=True):
-        assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+        assert one["grad_norm"] > 1e-3 and abs(one["loss"]) > 1e-3  # it was trained on something
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            if name != "stage" and not name.startswith(("seconds", "tokens_per_second")):
+                assert two[name] == pytest.approx(value, abs=1e-5, rel=1e-3), name
