@@ -172,12 +172,12 @@ def test_the_second_bound_holds_and_is_not_slack() -> None:
     assert (largest > 0.999 * bounds[:, 1]).all()
 
 
-def test_a_second_bound_of_nothing_loses_items() -> None:
+def test_a_second_bound_of_the_wrong_sign_loses_items() -> None:
     items, queries = tight_and_large()
     index = ItemIndex(items)
     expected = topk_retrieve(queries, items, 20)
     assert index._table is not None
-    index._table[FINE_BOUNDS][:, 1] = 0
+    index._table[FINE_BOUNDS][:, 1] *= -1
     assert not torch.equal(index.search(queries, 20).indices, expected.indices)
 
 
