@@ -18,11 +18,11 @@ from deeprec.ops.topk import (
     TopK,
     as_items,
     as_queries,
-    call,
     check_search,
     item_rows,
     prefilter_view,
     run_cpu,
+    topk_for,
 )
 
 __all__ = ["IndexStats", "ItemIndex"]
@@ -127,7 +127,7 @@ class ItemIndex:
         offsets, ids = check_search(asked, k, exclude)
         if self.metric == "cosine":
             asked = torch.ops.deeprec.normalize_rows(asked, "queries")
-        values, indices, self._counts = call(
+        values, indices, self._counts = topk_for(asked)(
             asked, self._items, self._table or [], offsets, ids, k, backend or ""
         )
         return TopK(values, indices)

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from deeprec.data import Catalog
 from deeprec.rollout import protocol
+from deeprec.trm.phrases import LIKE_PREFIX
 
 __all__ = ["END", "PAD", "PHRASES", "build_title_tokenizer", "number_token", "week_token"]
 
@@ -25,7 +26,7 @@ PHRASE_SEPARATOR = "; "
 # The prompt's and the reasoning's fixed phrases, one token each.
 HISTORY_HEADER = "History:"
 REQUEST_END = "?\nAssistant:\n" + protocol.THINK_OPEN + "\n"
-LIKE = "like "
+LIKE = LIKE_PREFIX  # as the recommender reads it
 ASK = "The user may want "
 RANK = "Ranking what was found."
 PHRASES = (HISTORY_HEADER, REQUEST_END, LIKE, ASK, RANK, PHRASE_SEPARATOR, "\n", "\n\n", " ")

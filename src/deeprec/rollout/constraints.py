@@ -42,7 +42,7 @@ class Constraint(Protocol):
 class DistinctTitles:
     """After "like ", one of the titles that this turn has not named yet.
 
-    For tokenizers that have one token a title.
+    Its own state, as a turn is at one title at a time. For tokenizers that have one token a title.
 
     Args:
         trigger: what stands before a title.
@@ -52,36 +52,22 @@ class DistinctTitles:
     def __init__(self, trigger: str, titles: tuple[int, ...]) -> None:
         self.trigger = trigger
         self._left = titles
+        self._asked = False
 
-    def open(self, overrun: str) -> _OneTitle:
+    def open(self, overrun: str) -> DistinctTitles:
         """See :class:`Constraint`. Words that only contain the trigger restrict nothing."""
-        return _OneTitle(self, bool(overrun))
-
-    def left(self) -> tuple[int, ...] | None:
-        """The titles not named yet; None when all are, and nothing is left to ask for."""
-        return self._left or None
-
-    def name(self, title: int) -> None:
-        """Take note that a title was named."""
-        at = bisect_left(self._left, title)
-        self._left = self._left[:at] + self._left[at + 1 :]
-
-
-class _OneTitle:
-    """Before the title, or after it."""
-
-    def __init__(self, titles: DistinctTitles, ended: bool) -> None:
-        self._titles = titles
-        self._ended = ended
+        self._asked = not overrun
+        return self
 
     def allowed(self) -> tuple[int, ...] | None:
-        """See :class:`ConstraintState`."""
-        return None if self._ended else self._titles.left()
+        """See :class:`ConstraintState`. Nothing is asked for once every title was named."""
+        return self._left or None if self._asked else None
 
     def advance(self, token: int) -> None:
         """See :class:`ConstraintState`."""
-        self._titles.name(token)
-        self._ended = True
+        at = bisect_left(self._left, token)
+        self._left = self._left[:at] + self._left[at + 1 :]
+        self._asked = False
 
 
 class ListLines:

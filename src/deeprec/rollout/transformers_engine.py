@@ -273,14 +273,11 @@ class TransformersEngine:
         if begin >= self._limit[slot]:
             self._finish(slot, "length")
         elif request.constraints and request.tokens:
-            text = self.text.decode(request.tokens)
-            for constraint in request.constraints:
-                if text.endswith(constraint.trigger):
-                    turn.state = constraint.open("")
+            turn.state = request.opened(self.text.decode(request.tokens))
             self._follow(slot, turn)
 
     def _watch_index(self, request: Request) -> int:
-        strings = (*request.stop, *(each.trigger for each in request.constraints))
+        strings = request.watched
         index = self._watch_of.get(strings)
         if index is None:
             index = self._watch_of[strings] = len(self._watches)
@@ -400,7 +397,7 @@ class TransformersEngine:
                 self._finish(slot, "stop", completed[0])
                 return True
             if completed is not None and turn.state is None:
-                turn.state = turn.request.constraint(completed[0]).open(completed[1])
+                turn.state = turn.request.opened(*completed)
         if end >= self._limit[slot]:
             self._finish(slot, "length")
             return True

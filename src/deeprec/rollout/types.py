@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from deeprec.rewards import Rewards
-    from deeprec.rollout.constraints import Constraint
+    from deeprec.rollout.constraints import Constraint, ConstraintState
 
 __all__ = ["Request", "Sample", "SamplingConfig", "Trajectory", "Turn"]
 
@@ -75,9 +75,17 @@ class Request:
     max_new_tokens: int | None = None
     constraints: tuple[Constraint, ...] = ()
 
-    def constraint(self, trigger: str) -> Constraint:
-        """The constraint that ``trigger`` opens."""
-        return next(each for each in self.constraints if each.trigger == trigger)
+    @property
+    def watched(self) -> tuple[str, ...]:
+        """What may not pass unnoticed: strings that end the turn or open a constraint."""
+        return (*self.stop, *(each.trigger for each in self.constraints))
+
+    def opened(self, text: str, overrun: str = "") -> ConstraintState | None:
+        """The state of the constraint whose trigger ends ``text``, if one does."""
+        for constraint in self.constraints:
+            if text.endswith(constraint.trigger):
+                return constraint.open(overrun)
+        return None
 
 
 @dataclass(frozen=True)

@@ -149,10 +149,7 @@ class VLLMEngine:
             self._finish(conversation, "length")
             return
         if request.constraints and request.tokens:
-            text = self.text.decode(request.tokens)
-            for constraint in request.constraints:
-                if text.endswith(constraint.trigger):
-                    turn.state = constraint.open("")
+            turn.state = request.opened(self.text.decode(request.tokens))
         self._go_on(conversation)
 
     def step(self) -> list[Sample]:
@@ -329,7 +326,7 @@ class VLLMEngine:
                 self._finish(conversation, "stop", completed[0])
                 return True
             if completed is not None and turn.state is None:
-                turn.state = turn.request.constraint(completed[0]).open(completed[1])
+                turn.state = turn.request.opened(*completed)
         if len(conversation.ids) >= turn.limit:
             self._finish(conversation, "length")
             return True
@@ -345,7 +342,7 @@ class VLLMEngine:
         self._done.append(Sample(name, ids, turn.logprobs, turn.allowed, finish, stop))
 
     def _watch(self, request: Request) -> StopTable:
-        strings = (*request.stop, *(each.trigger for each in request.constraints))
+        strings = request.watched
         if strings not in self._watches:
             self._watches[strings] = StopTable(strings, self.text)
         return self._watches[strings]
