@@ -28,9 +28,6 @@ namespace {
 // by the last layer.
 constexpr int64_t kRangeUsers = 64, kRangeItems = 2048;
 
-// Normalising fewer floats than this takes less time than waking a second thread.
-constexpr int64_t kParallelFloats = 1 << 16;
-
 // A child of fork() has none of its parent's OpenMP threads and would wait for them forever.
 bool g_forked = false;
 const int g_at_fork = pthread_atfork(nullptr, nullptr, [] { g_forked = true; });
@@ -70,6 +67,7 @@ std::string row_text(const char* name, int64_t row) {
 }
 
 void check_history(const Model& m, const Request& r) {
+  if (!r.history || !r.lengths) return;
   for (int64_t b = 0; b < r.count; ++b) {
     const int64_t n = r.lengths[b];
     if (n < 1 || n > r.history_width)
@@ -99,15 +97,18 @@ int64_t first_bad_row(const float* rows, int64_t count, int64_t width) {
   return -1;
 }
 
-// Says whose fault user vectors are that are not numbers.
-void check_users(const Model& m, const Request& r, const float* users, int64_t stride) {
+bool finite_rows(const float* rows, int64_t count, int64_t width, int64_t stride) {
   bool finite = true;
-  for (int64_t b = 0; b < r.count; ++b) {
+  for (int64_t b = 0; b < count; ++b) {
     float total = 0;  // NaN or infinity, if any element is
-    for (int64_t i = 0; i < m.hidden; ++i) total += std::fabs(users[b * stride + i]);
+    for (int64_t i = 0; i < width; ++i) total += std::fabs(rows[b * stride + i]);
     finite = finite && std::isfinite(total);
   }
-  if (finite) return;
+  return finite;
+}
+
+// Says whose fault it is.
+[[noreturn]] void not_finite(const Model& m, const Request& r) {
   for (auto [name, rows, width] : {std::make_tuple("preference", r.preference, m.text_dim),
                                    std::make_tuple("states", r.states, m.hidden)}) {
     const int64_t bad = rows ? first_bad_row(rows, r.count, width) : -1;
@@ -140,10 +141,11 @@ std::vector<int64_t> split(const Request& r, int threads) {
   return bounds;
 }
 
-// User vectors [count, m.width]; lives in memory that the next call of this thread overwrites.
-const float* user_rows(const Model& m, const Request& r) {
+// User vectors [count, m.width], in memory that the next call of this thread overwrites. The thread
+// that made those of a range of users passes them to after(first, last).
+template <class After>
+const float* user_rows(const Model& m, const Request& r, After after) {
   thread_local Memory states_memory, scratch_memory;
-  if (r.history && r.lengths) check_history(m, r);
   const int threads = g_forked ? 1 : std::max(1, r.threads);
   const Kernels& k = kernels();
   const std::vector<int64_t> bounds = split(r, threads);
@@ -158,11 +160,12 @@ const float* user_rows(const Model& m, const Request& r) {
   }
   float* states = states_memory.floats(r.count * m.width);
   float* memory = scratch_memory.floats(scratch * workers);
+  bool finite = true;
 #pragma omp parallel num_threads(workers) if (workers > 1)
   {
     const DefaultFloatEnv env;
     float* mine = memory + scratch * omp_get_thread_num();
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) reduction(&& : finite)
     for (int64_t i = 0; i < ranges; ++i) {
       const int64_t first = bounds[i], last = bounds[i + 1];
       float* rows = states + first * m.width;
@@ -178,45 +181,70 @@ const float* user_rows(const Model& m, const Request& r) {
       for (int64_t b = first; r.states_out && b < last; ++b)
         std::memcpy(r.states_out + b * m.hidden, states + b * m.width, size_t(m.hidden) * 4);
       k.preference(m, r, first, last, rows, mine);
-      for (int64_t b = first; r.users && b < last; ++b)
-        std::memcpy(r.users + b * m.hidden, states + b * m.width, size_t(m.hidden) * 4);
+      finite = finite && finite_rows(rows, last - first, m.hidden, m.width);
+      after(first, last, rows);
     }
   }
-  check_users(m, r, states, m.width);
+  if (!finite) not_finite(m, r);
   return states;
 }
 
-// Excluded rows of the index: ids of `exclude` and of the history, less one, ascending.
-struct Excluded {
-  std::vector<int64_t> offsets, ids;
-};
-
-void exclude_rows(const Model& m, const Request& r, const Retrieval& retrieval, Excluded& out) {
-  const topk::Exclusions& given = retrieval.exclude;
-  out.offsets.assign(1, 0);
-  out.ids.clear();
-  for (int64_t b = 0; b < r.count; ++b) {
-    const size_t start = out.ids.size();
-    if (given.offsets)
-      for (int64_t i = given.offsets[b]; i < given.offsets[b + 1]; ++i) {
-        const int64_t id = given.ids[i];
-        if (id < 1 || id > m.n_items)
-          throw std::out_of_range(row_text("exclude", b) + "holds " + std::to_string(id) +
-                                  ", but items are 1 … " + std::to_string(m.n_items));
-        out.ids.push_back(id - 1);
+// Rows of the index that may not be found: ids of `exclude` and of the history, less one.
+class Excluded {
+ public:
+  // Room for all ids of every user; checks those given.
+  void prepare(const Model& m, const Request& r, const Retrieval& retrieval) {
+    const topk::Exclusions& given = retrieval.exclude;
+    offsets_.assign(1, 0);
+    counts_.assign(size_t(r.count), 0);
+    for (int64_t b = 0; b < r.count; ++b) {
+      int64_t room = retrieval.exclude_history ? r.lengths[b] : 0;
+      if (given.offsets) {
+        room += given.offsets[b + 1] - given.offsets[b];
+        for (int64_t i = given.offsets[b]; i < given.offsets[b + 1]; ++i)
+          if (given.ids[i] < 1 || given.ids[i] > m.n_items)
+            throw std::out_of_range(row_text("exclude", b) + "holds " +
+                                    std::to_string(given.ids[i]) + ", but items are 1 … " +
+                                    std::to_string(m.n_items));
       }
-    if (retrieval.exclude_history) {
-      const size_t middle = out.ids.size();
-      const int64_t* ids = r.history + b * r.history_width;
-      for (int64_t t = 0; t < r.lengths[b]; ++t) out.ids.push_back(ids[t] - 1);
-      std::sort(out.ids.begin() + int64_t(middle), out.ids.end());
-      std::inplace_merge(out.ids.begin() + int64_t(start), out.ids.begin() + int64_t(middle),
-                         out.ids.end());
-      out.ids.erase(std::unique(out.ids.begin() + int64_t(start), out.ids.end()), out.ids.end());
+      offsets_.push_back(offsets_.back() + room);
     }
-    out.offsets.push_back(int64_t(out.ids.size()));
+    ids_.resize(size_t(offsets_.back()));
   }
-}
+
+  // One user's, ascending and each once. Users may be taken by different threads.
+  void fill(const Request& r, const Retrieval& retrieval, int64_t b) {
+    const topk::Exclusions& given = retrieval.exclude;
+    int64_t *const first = ids_.data() + offsets_[size_t(b)], *last = first;
+    if (given.offsets)
+      for (int64_t i = given.offsets[b]; i < given.offsets[b + 1]; ++i) *last++ = given.ids[i] - 1;
+    if (retrieval.exclude_history) {
+      int64_t* const middle = last;
+      const int64_t* ids = r.history + b * r.history_width;
+      for (int64_t t = 0; t < r.lengths[b]; ++t) *last++ = ids[t] - 1;
+      std::sort(middle, last);
+      std::inplace_merge(first, middle, last);
+      last = std::unique(first, last);
+    }
+    counts_[size_t(b)] = last - first;
+  }
+
+  // All users', the gaps between them closed.
+  topk::Exclusions rows() {
+    int64_t end = 0;
+    for (size_t b = 0; b < counts_.size(); ++b) {
+      const int64_t* from = ids_.data() + offsets_[b];
+      std::copy(from, from + counts_[b], ids_.data() + end);
+      offsets_[b] = end;
+      end += counts_[b];
+    }
+    offsets_.back() = end;
+    return end ? topk::Exclusions{offsets_.data(), ids_.data()} : topk::Exclusions{};
+  }
+
+ private:
+  std::vector<int64_t> offsets_, counts_, ids_;
+};
 
 }  // namespace
 
@@ -278,30 +306,38 @@ Model::Model(const std::map<std::string, int64_t>& sizes, double epsilon,
 }
 
 void encode(const Model& model, const Request& request) {
-  if (request.count) user_rows(model, request);
+  if (!request.count) return;
+  check_history(model, request);
+  user_rows(model, request, [&](int64_t first, int64_t last, const float* rows) {
+    for (int64_t b = first; request.users && b < last; ++b, rows += model.width)
+      std::memcpy(request.users + b * model.hidden, rows, size_t(model.hidden) * 4);
+  });
 }
 
 void retrieve(const Model& model, const Request& request, const Retrieval& retrieval) {
   const int64_t count = request.count, hidden = model.hidden, k = retrieval.k;
   if (!count) return;
-  thread_local Excluded excluded;
-  thread_local std::vector<float> queries;
+  check_history(model, request);
+  thread_local Excluded excluded_memory;
+  thread_local std::vector<float> queries_memory;
   thread_local std::vector<int64_t> rescored;
-  const float* users = user_rows(model, request);
+  Excluded& excluded = excluded_memory;  // this thread's, for those that work for it as well
+  excluded.prepare(model, request, retrieval);
+  queries_memory.resize(size_t(count * hidden));
+  float* queries = queries_memory.data();
+  const float* users =
+      user_rows(model, request, [&](int64_t first, int64_t last, const float* rows) {
+        topk::normalize_rows({rows, last - first, hidden, model.width, topk::Dtype::f32},
+                             queries + first * hidden, 1);
+        for (int64_t b = first; b < last; ++b) excluded.fill(request, retrieval, b);
+      });
   for (int64_t b = 0; b < count; ++b)
     if (std::all_of(users + b * model.width, users + b * model.width + hidden,
                     [](float x) { return x == 0; }))
       throw std::invalid_argument(row_text("user vectors", b) +
                                   "is zero, which has no cosine: is OutLayerNorm zero?");
-  exclude_rows(model, request, retrieval, excluded);
-  topk::Exclusions rows;
-  if (!excluded.ids.empty()) rows = {excluded.offsets.data(), excluded.ids.data()};
-  queries.resize(size_t(count * hidden));
   rescored.resize(size_t(count));
-  topk::normalize_rows({users, count, hidden, model.width, topk::Dtype::f32}, queries.data(),
-                       g_forked || count * hidden < kParallelFloats ? 1 : request.threads);
-  topk::search(retrieval.index,
-               {queries.data(), count, k, rows, request.threads},
+  topk::search(retrieval.index, {queries, count, k, excluded.rows(), request.threads},
                {retrieval.values, retrieval.indices, rescored.data()});
   for (int64_t i = 0; i < count * k; ++i)
     if (retrieval.indices[i] >= 0) ++retrieval.indices[i];

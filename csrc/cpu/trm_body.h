@@ -93,6 +93,17 @@ inline void gather(const Model& m, const float* table, const int64_t* ids, int64
   for (int64_t j = 0; j < n; ++j) store(out + j * Vec::width, read(ids[j]) - padding);
 }
 
+// Has the rows of a user's items brought into the second-level cache, while those of another user
+// are worked on: they lie anywhere in the tables.
+inline void fetch(const Model& m, const int64_t* ids, int64_t n) {
+  constexpr int64_t line = 16;  // floats
+  for (int64_t j = 0; j < n; ++j)
+    for (int64_t i = 0; i < m.hidden; i += line) {
+      __builtin_prefetch(m.items + ids[j] * m.hidden + i, 0, 2);
+      __builtin_prefetch(m.texts + ids[j] * m.hidden + i, 0, 2);
+    }
+}
+
 constexpr int kOutputs = 4;  // positions of a convolution computed together
 
 // Positions [t, t + n) of both convolutions in one vector of channels: `ids` [length] with the
@@ -351,6 +362,7 @@ void history_states(const Model& m, const Request& request, int64_t first, int64
     int64_t end = u, rows = 0;
     for (; end < last && (end == u || rows + lengths[end] <= kGroupItems); ++end) {
       const int64_t* ids = request.history + end * request.history_width;
+      if (end + 1 < last) fetch(m, ids + request.history_width, lengths[end + 1]);
       embed(m, ids, lengths[end], s, x + rows * stride);
       rows += lengths[end];
     }

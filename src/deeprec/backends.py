@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,16 +132,29 @@ def isa() -> str:
     return str(_C.isa())
 
 
-@contextmanager
-def timed(op: str, backend: str) -> Iterator[None]:
-    """Count one call of ``op`` and its wall time into :func:`op_table`."""
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        count = _COUNTS.setdefault((op, backend), OpCount())
+class _Timed:
+    """Not a generator: this runs around every call of an op."""
+
+    __slots__ = ("_key", "_start")
+
+    def __init__(self, key: tuple[str, str]) -> None:
+        self._key = key
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        seconds = time.perf_counter() - self._start
+        count = _COUNTS.get(self._key)
+        if count is None:
+            count = _COUNTS[self._key] = OpCount()
         count.calls += 1
-        count.seconds += time.perf_counter() - start
+        count.seconds += seconds
+
+
+def timed(op: str, backend: str) -> AbstractContextManager[None]:
+    """Count one call of ``op`` and its wall time into :func:`op_table`."""
+    return _Timed((op, backend))
 
 
 def op_table() -> dict[tuple[str, str], OpCount]:

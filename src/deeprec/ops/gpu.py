@@ -12,21 +12,19 @@ from importlib.util import find_spec
 
 from torch import Tensor
 
-__all__ = ["float32_products", "interpreting", "why_not_triton"]
+__all__ = ["INTERPRETING", "float32_products", "why_not_triton"]
 
 INSTALLED = find_spec("triton") is not None
-
-
-def interpreting() -> bool:
-    """Whether Triton runs its kernels on the CPU, step by step, as the tests make it do."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+# Whether Triton runs its kernels on the CPU, step by step, as the tests make it do. It decides that
+# when kernels are defined.
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def why_not_triton(*tensors: Tensor) -> str | None:
     """None where Triton kernels can run on the tensors, else the reason."""
     for tensor in tensors:
         # torch calls AMD's devices cuda as well
-        if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and interpreting()):
+        if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and INTERPRETING):
             return f"tensors are on {tensor.device}; Triton needs an NVIDIA or AMD GPU"
     if not INSTALLED:
         return "triton is not installed; pip install 'deeprec[gpu]'"
@@ -37,6 +35,6 @@ def float32_products() -> str:
     """The precision that keeps ``tl.dot`` of float32 about exact where kernels run."""
     import triton
 
-    if interpreting() or triton.runtime.driver.active.get_current_target().backend != "cuda":
+    if INTERPRETING or triton.runtime.driver.active.get_current_target().backend != "cuda":
         return "ieee"  # AMD multiplies float32 itself
     return "tf32x3"  # three products of tf32 parts make up one

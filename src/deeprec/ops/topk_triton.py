@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deeprec import backends
-from deeprec.ops.gpu import interpreting, why_not_triton
+from deeprec.ops.gpu import INTERPRETING, why_not_triton
 
 __all__ = ["run", "why_not"]
 
@@ -191,7 +191,7 @@ def _dot(dtype: torch.dtype) -> dict[str, Any]:
     if dtype == torch.bfloat16:
         return {"DOT": tl.bfloat16, "PRECISION": "ieee"}
     # The bound allows for truncation to tf32; AMD multiplies float32 itself.
-    amd = not interpreting() and triton.runtime.driver.active.get_current_target().backend == "hip"
+    amd = not INTERPRETING and triton.runtime.driver.active.get_current_target().backend == "hip"
     return {"DOT": tl.float32, "PRECISION": "ieee" if amd else "tf32"}
 
 

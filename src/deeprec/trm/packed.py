@@ -21,6 +21,7 @@ from torch import Tensor
 
 from deeprec import _C
 from deeprec.ops import ItemIndex, SeenItems, TopK
+from deeprec.ops.topk import item_rows, prefilter_view
 from deeprec.trm import packed_op
 from deeprec.trm.packing import has_padding_row, pack_tensors, sizes
 
@@ -78,6 +79,11 @@ class PackedTRM:
             self.eps,
             {name: tensor.data_ptr() for name, tensor in self.tensors.items()},
         )
+
+    @cached_property
+    def kernel_index(self) -> tuple[_C.ItemRows, _C.Prefilter]:
+        """The kernel's view of :attr:`index`."""
+        return item_rows(self.index.items), prefilter_view(self.index._table)
 
     def module(self) -> PreferenceAwareTRM:
         """What was packed; RuntimeError where that is not known."""

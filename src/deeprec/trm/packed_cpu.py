@@ -10,7 +10,6 @@ from torch import Tensor
 from deeprec import _C, backends
 from deeprec.ops import SeenItems
 from deeprec.ops.native import address
-from deeprec.ops.topk import item_rows, prefilter_view
 from deeprec.trm import packed_op
 from deeprec.trm.request import Request
 
@@ -58,12 +57,10 @@ def _retrieve(
 ) -> tuple[Tensor, Tensor]:
     values = torch.empty(asked.count, k)
     indices = torch.empty(asked.count, k, dtype=torch.int64)
-    model, index = packed.kernel_model, packed.index
     _C.trm_retrieve(
-        model,
+        packed.kernel_model,
         _kernel_request(asked),
-        item_rows(index.items),
-        prefilter_view(index._table),
+        *packed.kernel_index,
         k,
         (0, 0) if exclude is None else (exclude.offsets.data_ptr(), exclude.ids.data_ptr()),
         exclude_history,

@@ -32,15 +32,16 @@ def why_not(
 
     ``on_device`` says so of tensors.
     """
-    tensors = []
+    given = [argument for argument in arguments if isinstance(argument, Tensor)]
+    if reason := on_device(*given) if given else None:
+        return reason
     for argument in arguments:
         if isinstance(argument, Tensor):
-            tensors.append(argument)
             continue
         for name, limit in limits.items():
             if argument.sizes[name] > limit:
                 return f"{name} is {argument.sizes[name]}, more than {limit}"
         if argument.from_file:
             return "a packed TRM from a file has the layout of the CPU"
-        tensors.append(argument.module().item_embedding.weight)
-    return on_device(*tensors)
+        given.append(argument.module().item_embedding.weight)
+    return on_device(*given)

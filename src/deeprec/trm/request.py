@@ -75,7 +75,7 @@ def _history(
         return None, None
     if history is None or lengths is None:
         raise ValueError("history and lengths: expected both, or states without them")
-    ids, counts = torch.as_tensor(history), torch.as_tensor(lengths)
+    ids, counts = _tensor(history), _tensor(lengths)
     for name, tensor in (("history", ids), ("lengths", counts)):
         if tensor.dtype != torch.int64:
             raise TypeError(f"{name}: expected int64, got {tensor.dtype}; use .long()")
@@ -90,14 +90,18 @@ def _history(
 
 
 def _matrix(name: str, value: Any, rows: int, columns: int, way_out: str) -> Tensor:
-    tensor = torch.as_tensor(value).detach()
+    tensor = _tensor(value)
     if tensor.shape != (rows, columns):
         raise ValueError(
             f"{name}: expected shape ({rows}, {columns}), got {tuple(tensor.shape)}; {way_out}"
         )
     if tensor.dtype != torch.float32:
         raise TypeError(f"{name}: expected float32, got {tensor.dtype}; use .float()")
-    return tensor.contiguous()
+    return (tensor.detach() if tensor.requires_grad else tensor).contiguous()
+
+
+def _tensor(value: Any) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.as_tensor(value)
 
 
 def check_exclusions(asked: Request, exclude: SeenItems | None, exclude_history: bool) -> None:

@@ -1,0 +1,23 @@
+"""Whether a call must pass through PyTorch's dispatcher, which takes longer than a small search."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["watched"]
+
+
+def watched(*tensors: Tensor) -> bool:
+    """Whether somebody wants to see an op: a compiler, a mode, a profiler, a subclass of Tensor.
+
+    Where nobody does, an op's body can be called instead. The dispatcher adds 13 us to the 27 that
+    one query takes against 2,414 items, and after other work, which has pushed it out of the
+    caches, some 50 to any call.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._autograd._profiler_enabled()
+        or any(type(tensor) is not Tensor for tensor in tensors)
+    )
