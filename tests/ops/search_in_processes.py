@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from leaving import end, leave
 
 from deeprec import ItemIndex, SeenItems
 from deeprec.ops import ShardedItemIndex, ShardError
@@ -74,7 +75,7 @@ def search(rank, world, address, folder):
             ShardedItemIndex.from_whole(huge).search(ask, 6, exclude),
             ItemIndex(huge).search(ask, 6, exclude),
         )
-    dist.destroy_process_group()
+    leave()
 
 
 def misuse(rank, world, address, folder):
@@ -103,7 +104,8 @@ def misuse(rank, world, address, folder):
     assert_same(index.search(queries, k, seen), ItemIndex(items).search(queries, k, seen))
     if rank == 1:
         dist.destroy_process_group()  # gone
-        return
+        end()
     with pytest.raises(ShardError, match="is gone or does not answer"):
         for _ in range(3):
             index.search(queries, k, seen)
+    end()
