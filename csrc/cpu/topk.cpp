@@ -131,8 +131,8 @@ class Finish {
     all_.resize(size_t(drop_below(all_.data(), count(), threshold_)));
   }
 
-  // Puts the best in order where few candidates of different values are left: counting what is
-  // better has no branch to be mispredicted, and sorting has one at every step.
+  // Puts the best in order, if few candidates are left and no two of the same value. Counting what is
+  // better has no branches that go either way, where sorting has one at every step: 5% of a search.
   bool rank(int64_t kept) {
     const int64_t n = count();
     if (n > kRanked) return false;

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small_trm import ask, make
 
 from deeprec.trm import PackedTRM
+from deeprec.trm.packing import check_tensors
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -44,4 +48,42 @@ def test_load_says_what_is_wrong(tmp_path: Path) -> None:
     make(seed=1).pack().save(tmp_path / "other")
     (tmp_path / "other" / "trm_items.safetensors").rename(tmp_path / "trm_items.safetensors")
     with pytest.raises(ValueError, match="different models"):
+        PackedTRM.load(tmp_path)
+
+
+@given(st.data())
+@settings(max_examples=25, deadline=None)
+def test_every_tensor_has_its_shape(data: st.DataObject) -> None:
+    heads = data.draw(st.integers(1, 4))
+    model = make(
+        n_items=data.draw(st.integers(1, 50)),
+        text_dim=data.draw(st.integers(1, 40)),
+        hidden=heads * data.draw(st.integers(1, 20)),
+        inner=data.draw(st.integers(1, 70)),
+        n_layers=data.draw(st.integers(1, 3)),
+        n_heads=heads,
+        n_experts=data.draw(st.integers(1, 9)),
+        max_length=data.draw(st.integers(1, 20)),
+    )
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    packed = model.pack(dtype)
+    check_tensors(packed.tensors, packed.sizes, dtype)
+    # Nothing else is there, and nothing may be missing, shorter or of another dtype.
+    name = data.draw(st.sampled_from(sorted(packed.tensors)))
+    tensor = packed.tensors[name]
+    for wrong in (None, tensor[:-1], tensor.double()):
+        tensors = dict(packed.tensors)
+        if wrong is None:
+            del tensors[name]
+        else:
+            tensors[name] = wrong
+        with pytest.raises(ValueError, match=re.escape(f"{name}: expected torch.")):
+            check_tensors(tensors, packed.sizes, dtype)
+
+
+def test_load_names_a_tensor_of_another_shape(tmp_path: Path) -> None:
+    packed = make().pack()
+    packed.tensors["layer.0.up.bias"] = torch.zeros(3)
+    packed.save(tmp_path)
+    with pytest.raises(ValueError, match=r"damaged.*layer.0.up.bias: expected .* \(64,\), got"):
         PackedTRM.load(tmp_path)

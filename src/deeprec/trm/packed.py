@@ -23,7 +23,7 @@ from deeprec import _C
 from deeprec.ops import ItemIndex, SeenItems, TopK
 from deeprec.ops.topk import item_rows, prefilter_view
 from deeprec.trm import packed_op
-from deeprec.trm.packing import has_padding_row, pack_tensors, sizes
+from deeprec.trm.packing import check_tensors, has_padding_row, pack_tensors, sizes
 
 if TYPE_CHECKING:
     from deeprec.trm.model import PreferenceAwareTRM
@@ -210,7 +210,8 @@ class PackedTRM:
     def load(cls, folder: str | os.PathLike[str]) -> PackedTRM:
         """Map what :meth:`save` wrote into memory; pages are shared between processes.
 
-        Raises FileNotFoundError or ValueError where it is not there or of another kind.
+        Raises FileNotFoundError or ValueError where it is not there or of another kind, naming the
+        tensor that does not fit.
         """
         source = Path(folder) / FILE
         if not source.is_file():
@@ -229,6 +230,10 @@ class PackedTRM:
         packed.device = torch.device("cpu")
         packed._model, packed._version = None, ()
         packed.tensors = load_file(source)
+        try:
+            check_tensors(packed.tensors, packed.sizes, packed.dtype)
+        except ValueError as error:
+            raise ValueError(f"{source} is damaged, pack and save it again: {error}") from None
         packed.index = ItemIndex.load(Path(folder) / INDEX_FILE)
         if header.get("items") != _checksum(packed.index):
             raise ValueError(

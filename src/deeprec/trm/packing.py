@@ -21,7 +21,7 @@ from deeprec.trm.layers import EncoderLayer
 if TYPE_CHECKING:
     from deeprec.trm.model import PreferenceAwareTRM
 
-__all__ = ["has_padding_row", "pack_tensors", "row_major_tensors", "sizes"]
+__all__ = ["check_tensors", "has_padding_row", "pack_tensors", "row_major_tensors", "sizes"]
 
 PANEL = 32
 CHANNELS = 16
@@ -46,6 +46,66 @@ def sizes(config: TRMConfig) -> dict[str, int]:
         "n_experts": config.n_experts,
         "max_length": config.max_length,
     }
+
+
+def check_tensors(
+    tensors: Mapping[str, Tensor], sizes: Mapping[str, int], dtype: torch.dtype
+) -> None:
+    """Raise ValueError, naming the tensor, unless these are of :func:`pack_tensors` of such a TRM.
+
+    Kernels read what sizes say; values are not looked at.
+    """
+    items, hidden, layers = sizes["n_items"], sizes["hidden"], sizes["n_layers"]
+    width, inner, text = padded(hidden), padded(sizes["inner"]), padded(sizes["text_dim"])
+    head = padded(hidden // sizes["n_heads"])
+    heads = sizes["n_heads"] * head
+    expected: dict[str, tuple[int, ...]] = {
+        "items": (items + 1, hidden),
+        "texts": (items + 1, hidden),
+        "kernel": (width // CHANNELS, 2 * sizes["max_length"], CHANNELS),
+        "gates.weight": (2, width),
+        "gates.bias": (2,),
+        "positions": (sizes["max_length"], width),
+    }
+    floats = set(expected)
+
+    def norm(name: str) -> None:
+        expected[f"{name}.weight"] = expected[f"{name}.bias"] = (width,)
+        floats.add(f"{name}.weight")
+
+    def linear(name: str, inputs: int, out: int, *, bias: bool = True) -> None:
+        pairs = dtype == torch.bfloat16
+        rows = (inputs // 2, PANEL, 2) if pairs else (inputs, PANEL)
+        expected[f"{name}.weight"] = (out // PANEL, *rows)
+        if bias:
+            expected[f"{name}.bias"] = (out,)
+
+    norm("input_norm")
+    norm("output_norm")
+    linear("adaptor.gate", text, padded(sizes["n_experts"]), bias=False)
+    linear("adaptor.experts", text, sizes["n_experts"] * width, bias=False)
+    for index in range(layers):
+        name = f"layer.{index}."
+        last = index == layers - 1
+        linear(name + "project", width, heads if last else 3 * heads)
+        if last:
+            linear(name + "key", head, sizes["n_heads"] * width, bias=False)
+            linear(name + "value", width, heads)
+        linear(name + "out", heads, width)
+        linear(name + "up", width, inner)
+        linear(name + "down", inner, width)
+        norm(name + "attention_norm")
+        norm(name + "feed_norm")
+    for name, shape in expected.items():
+        of = torch.float32 if name in floats or name.endswith(".bias") else dtype
+        tensor = tensors.get(name)
+        if tensor is None:
+            raise ValueError(f"{name}: expected {of} of shape {shape}, which is missing")
+        if tuple(tensor.shape) != shape or tensor.dtype != of:
+            raise ValueError(
+                f"{name}: expected {of} of shape {shape}, got {tensor.dtype} of shape "
+                f"{tuple(tensor.shape)}"
+            )
 
 
 @torch.no_grad()
