@@ -8,6 +8,7 @@
 #include "cpu/logprobs.h"
 #include "cpu/peaks.h"
 #include "cpu/huge_pages.h"
+#include "cpu/threads.h"
 #include "cpu/topk.h"
 #include "cpu/trm.h"
 #ifdef DEEPREC_CUDA_ARCHITECTURES  // by CMakeLists.txt, where there is an nvcc
@@ -76,18 +77,20 @@ void bind_topk(py::module_& m) {
   });
   m.def("topk_row_norms",
         [](const ItemRows& rows, uintptr_t center, uintptr_t norms, int threads) {
-          row_norms(rows, pointer<const double>(center), pointer<double>(norms), threads);
+          row_norms(rows, pointer<const double>(center), pointer<double>(norms),
+                    usable_threads(threads));
         },
         py::call_guard<py::gil_scoped_release>());
   m.def("topk_normalize_rows",
         [](const ItemRows& rows, uintptr_t out, int threads) {
-          normalize_rows(rows, pointer<float>(out), threads);
+          normalize_rows(rows, pointer<float>(out), usable_threads(threads));
         },
         py::call_guard<py::gil_scoped_release>());
   m.def("topk_encode_blocks",
         [](const ItemRows& rows, const Prefilter& filter, uintptr_t blocks, int64_t n_blocks,
            int threads) {
-          encode_blocks(rows, filter, pointer<const int64_t>(blocks), n_blocks, threads);
+          encode_blocks(rows, filter, pointer<const int64_t>(blocks), n_blocks,
+                        usable_threads(threads));
         },
         py::call_guard<py::gil_scoped_release>());
   m.def("topk_search",
@@ -97,7 +100,7 @@ void bind_topk(py::module_& m) {
           search({rows, filter},
                  {pointer<const float>(queries), count, k,
                   {pointer<const int64_t>(exclude.first), pointer<const int64_t>(exclude.second)},
-                  threads},
+                  usable_threads(threads)},
                  {pointer<float>(std::get<0>(answer)), pointer<int64_t>(std::get<1>(answer)),
                   pointer<int64_t>(std::get<2>(answer)), pointer<int64_t>(std::get<3>(answer))});
         },
@@ -127,7 +130,7 @@ void bind_logprobs(py::module_& m) {
              p.mask = pointer<uint8_t>(mask);
              p.allowed = {pointer<int64_t>(allowed.first), pointer<int64_t>(allowed.second)};
              p.temperature = temperature;
-             p.threads = threads;
+             p.threads = usable_threads(threads);
              return p;
            }),
            py::kw_only(), py::arg("logits"), py::arg("dtype"), py::arg("row_offsets"),
@@ -174,7 +177,7 @@ void bind_linear_logprobs(py::module_& m) {
              p.mask = pointer<uint8_t>(mask);
              p.allowed = {pointer<int64_t>(allowed.first), pointer<int64_t>(allowed.second)};
              p.temperature = temperature;
-             p.threads = threads;
+             p.threads = usable_threads(threads);
              return p;
            }),
            py::kw_only(), py::arg("hidden"), py::arg("weight"), py::arg("bias"), py::arg("ids"),
@@ -220,7 +223,7 @@ void bind_trm(py::module_& m) {
              r.lengths = pointer<const int64_t>(std::get<2>(history));
              r.states = pointer<const float>(states);
              r.preference = pointer<const float>(preference);
-             r.threads = threads;
+             r.threads = usable_threads(threads);
              return r;
            }),
            py::arg("count"), py::arg("history"), py::arg("states"), py::arg("preference"),

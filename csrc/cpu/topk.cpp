@@ -6,7 +6,6 @@
 #include "cpu/topk.h"
 
 #include <omp.h>
-#include <pthread.h>
 #include <unistd.h>
 
 #include <cmath>
@@ -35,10 +34,6 @@ constexpr int64_t kFewMisses = 8;
 // is some kilobytes, and a batch may have any size.
 constexpr int64_t kRound = 4096;
 
-// A child of fork() has none of its parent's OpenMP threads and would wait for them forever.
-bool g_forked = false;
-const int g_at_fork = pthread_atfork(nullptr, nullptr, [] { g_forked = true; });
-
 int64_t cache_bytes() {
   static const int64_t bytes = [] {
 #ifdef _SC_LEVEL2_CACHE_SIZE
@@ -57,7 +52,7 @@ Plan make_plan(const Index& index, const Request& request, Start start) {
   const int64_t row_bytes =
       use_codes ? code_shape(index.rows.dim).quads * 4
                 : index.rows.dim * (index.rows.type == Dtype::f32 ? 4 : 2);
-  int64_t threads = g_forked ? 1 : std::max(1, request.threads);
+  int64_t threads = request.threads;
   if (request.count * n * index.rows.dim < kParallelWork) threads = 1;
   Grid grid;
   grid.query_parts = std::min(threads, std::max<int64_t>(1, request.count / kQueriesPerThread));

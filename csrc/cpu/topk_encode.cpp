@@ -150,7 +150,7 @@ class BlockEncoder {
 }  // namespace
 
 void row_norms(const ItemRows& rows, const double* center, double* norms, int threads) {
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const DefaultFloatEnv env;
 #pragma omp for schedule(static)
@@ -166,7 +166,7 @@ void row_norms(const ItemRows& rows, const double* center, double* norms, int th
 }
 
 void normalize_rows(const ItemRows& rows, float* out, int threads) {
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const DefaultFloatEnv env;
 #pragma omp for schedule(static)
@@ -186,7 +186,7 @@ void normalize_rows(const ItemRows& rows, float* out, int threads) {
 
 void encode_blocks(const ItemRows& rows, const Prefilter& filter, const int64_t* blocks,
                    int64_t n_blocks, int threads) {
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const DefaultFloatEnv env;
     BlockEncoder encoder(rows, filter);

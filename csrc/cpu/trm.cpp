@@ -2,7 +2,6 @@
 #include "cpu/trm.h"
 
 #include <omp.h>
-#include <pthread.h>
 
 #include <algorithm>
 #include <cmath>
@@ -27,10 +26,6 @@ namespace {
 // efficient from some dozen rows on, and the context of a range (H 128: a megabyte) is read again
 // by the last layer.
 constexpr int64_t kRangeUsers = 64, kRangeItems = 2048;
-
-// A child of fork() has none of its parent's OpenMP threads and would wait for them forever.
-bool g_forked = false;
-const int g_at_fork = pthread_atfork(nullptr, nullptr, [] { g_forked = true; });
 
 const Kernels& kernels() {
 #if defined(__x86_64__)
@@ -142,11 +137,11 @@ std::vector<int64_t> split(const Request& r, int threads) {
 }
 
 // User vectors [count, m.width], in memory that the next call of this thread overwrites. The thread
-// that made those of a range of users passes them to after(first, last).
+// that made those of a range of users passes them to after(first, last, rows).
 template <class After>
 const float* user_rows(const Model& m, const Request& r, After after) {
   thread_local Memory states_memory, scratch_memory;
-  const int threads = g_forked ? 1 : std::max(1, r.threads);
+  const int threads = r.threads;
   const Kernels& k = kernels();
   const std::vector<int64_t> bounds = split(r, threads);
   const int64_t ranges = int64_t(bounds.size()) - 1;

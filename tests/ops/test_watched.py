@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -36,6 +37,30 @@ def test_modes_and_profilers_see_ops(index: bool) -> None:
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         topk_retrieve(queries, table, 5)
     assert "deeprec::topk" in {event.name for event in profiled.events()}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_tracers_and_transforms_see_ops() -> None:
+    items = torch.randn(600, 8)
+
+    def best(queries: torch.Tensor) -> torch.Tensor:
+        return topk_retrieve(queries, items, 2).values + 0
+
+    traced = torch.jit.trace(best, (torch.randn(3, 8),), check_trace=False)
+    other = torch.randn(3, 8)
+    assert torch.equal(traced(other), best(other))
+    seen = []
+
+    class Functions(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Functions():
+        best(other)
+    assert any("deeprec.topk" in name for name in seen)
+    torch.func.vmap(lambda x: seen.append(watched()) or x)(other)
+    assert seen[-1] is True
 
 
 def test_subclasses_are_watched() -> None:

@@ -183,6 +183,22 @@ def test_load_says_what_is_missing(tmp_path: Path) -> None:
         PreferenceAwareTRM.load(tmp_path)
 
 
+def test_load_says_what_is_damaged(tmp_path: Path) -> None:
+    path = small_model().save(tmp_path)
+    content = path.read_bytes()
+    for bad in (b"", b"no tensors", content[: len(content) // 2]):
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match=r"trm\.safetensors is damaged"):
+            PreferenceAwareTRM.load(tmp_path)
+    path.write_bytes(content.replace(b"n_layers", b"n_towers"))
+    with pytest.raises(ValueError, match=r"another version.*n_towers"):
+        PreferenceAwareTRM.load(tmp_path)
+    config, state, _ = reference("trm_small")
+    del config["n_exps"], config["max_his_len"]
+    with pytest.raises(ValueError, match="n_exps, max_his_len missing"):
+        PreferenceAwareTRM.from_reference(config, state)
+
+
 def test_bad_requests_name_the_argument() -> None:
     model = small_model()
     history, lengths = histories(model, 3)
@@ -190,6 +206,8 @@ def test_bad_requests_name_the_argument() -> None:
         model.user_vectors(torch.ones(3, 8, dtype=torch.long), lengths)
     with pytest.raises(ValueError, match="lengths"):
         model.user_vectors(history, lengths[:2])
+    with pytest.raises(TypeError, match="lengths: expected int64"):
+        model.user_vectors(history, lengths.float())
     with pytest.raises(ValueError, match="lengths"):
         model.user_vectors(history, torch.tensor([1, 0, 2]))
     with pytest.raises(ValueError, match="lengths"):

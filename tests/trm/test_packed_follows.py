@@ -66,6 +66,20 @@ def test_loading_parameters_is_followed(assign: bool) -> None:
     assert_follows(model)
 
 
+def test_modules_in_the_place_of_others_are_followed() -> None:
+    model = make()
+    assert_follows(model)
+    norm = torch.nn.LayerNorm(model.config.hidden)
+    torch.nn.init.uniform_(norm.weight)
+    model.OutLayerNorm = norm
+    assert_follows(model)
+    model.trm_encoder.layer[0] = copy.deepcopy(make(seed=3).trm_encoder.layer[0])
+    assert_follows(model)
+    with torch.no_grad():
+        model.trm_encoder.layer[0].feed_forward.linear_1.weight.add_(0.5)
+    assert_follows(model)
+
+
 def test_every_parameter_is_watched() -> None:
     model = make()
     for name, parameter in model.named_parameters():

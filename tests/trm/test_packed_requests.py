@@ -11,7 +11,7 @@ from small_trm import ask, make
 from test_model import reference
 
 from deeprec.ops import SeenItems
-from deeprec.trm import PreferenceAwareTRM
+from deeprec.trm import HistoryStates, PreferenceAwareTRM
 
 
 def test_bad_requests_name_the_argument() -> None:
@@ -79,3 +79,52 @@ def test_a_checkpoint_of_another_shape_names_the_tensor() -> None:
     name = "trm_encoder.layer.0.feed_forward.linear_1.weight"
     with pytest.raises(RuntimeError, match=re.escape(name)):
         PreferenceAwareTRM.from_reference(config, state | {name: state[name][:, :-1]})
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_backends_refuse_the_same(backend: str) -> None:
+    model = make()
+    history, lengths, preference = ask(model, 3, shortest=9)
+    states = model.pack().history_states(history, lengths)
+
+    def refused(error: type[Exception], match: str, *asked: Any, **options: Any) -> None:
+        with pytest.raises(error, match=match):
+            model.pack().retrieve(*asked, 3, backend=backend, **options)
+
+    preference[1, 0] = torch.nan
+    refused(ValueError, "preference: row 1 holds NaN", history, lengths, preference)
+    wrong = history.clone()
+    wrong[2, 3] = 41
+    refused(IndexError, "history", wrong, lengths, None, states=states, exclude_history=True)
+    none = torch.zeros(3, dtype=torch.int64)
+    refused(ValueError, "lengths", history, none, None, states=states, exclude_history=True)
+    for item in (0, 41):
+        seen = SeenItems.from_lists([[], [item], []])
+        refused(IndexError, rf"exclude.* {item}.*1 … 40", history, lengths, None, exclude=seen)
+    refused(ValueError, "states: row 0", None, None, None, states=states * torch.nan)
+
+
+def test_a_cache_checks_first_and_takes_nobody() -> None:
+    model = make()
+    history, lengths, _ = ask(model, 3)
+
+    def refused(error: type[Exception], match: str, history: Any, lengths: Any) -> None:
+        with pytest.raises(error, match=match):
+            model.retrieve(history, lengths, None, 3, cache=HistoryStates())
+
+    refused(ValueError, r"lengths: expected shape \(3,\)", history, lengths[:2])
+    refused(ValueError, "history: expected item ids", history[0], lengths)
+    refused(TypeError, "lengths: expected int64", history, lengths.float())
+    refused(ValueError, "history and lengths", None, lengths)
+    found = model.retrieve(history.numpy(), lengths.numpy(), None, 3, cache=HistoryStates())
+    assert torch.equal(found.indices, model.retrieve(history, lengths, None, 3).indices)
+    nobody = model.retrieve(history[:0], lengths[:0], None, 3, cache=HistoryStates())
+    assert nobody.indices.shape == (0, 3)
+
+
+def test_an_item_without_a_vector_is_named() -> None:
+    model = make()
+    with torch.no_grad():
+        model.item_embedding.weight[7] = 0
+    with pytest.raises(ValueError, match=r"item_embedding\.weight: row 7 is zero"):
+        model.retrieve(*ask(model, 3), 3)

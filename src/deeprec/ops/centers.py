@@ -82,7 +82,7 @@ def stored_order(items: Tensor, centers: Centers, block_rows: int) -> tuple[Tens
         as_given = bool((order.diff() == 1).all())
         return none if as_given else order.to(torch.int32), none
     nearest = centers.nearest
-    distance = torch.empty(len(items))
+    distance = torch.empty(len(items), dtype=torch.float32)
     for i in range(0, len(items), CHUNK):
         part = slice(i, i + CHUNK)
         distance[part] = (items[part].float() - centers.points[nearest[part]].float()).norm(dim=1)

@@ -269,23 +269,27 @@ class ItemIndex:
             assert host._table is not None
             self._table = [tensor.to(self._items.device) for tensor in host._table]
             return
+        with torch.device("cpu"):  # whatever torch's default device is
+            self._build_here(clusters)
+
+    def _build_here(self, clusters: bool) -> None:
         centers = find_centers(self._items, clusters=clusters)
         blocks, quads, block_rows = _C.topk_code_shape(len(self), self.dim)
         order, cluster = stored_order(self._items, centers, block_rows)
         self._table = [
             _fresh(blocks, quads, block_rows, 4, dtype=torch.uint8),
-            torch.empty(blocks, 3),
+            _fresh(blocks, 3, dtype=torch.float32),
             order,
             centers.points,
             cluster,
-            torch.empty(0, self.dim, dtype=torch.int16),
-            torch.empty(0, 2),
+            _fresh(0, self.dim, dtype=torch.int16),
+            _fresh(0, 2, dtype=torch.float32),
         ]
         everything = torch.arange(blocks)
         self._encode(everything)
         if clusters and self._many_left():
             self._table[FINE] = _fresh(len(self), self.dim, dtype=torch.int16)
-            self._table[FINE_BOUNDS] = torch.empty(blocks, 2)
+            self._table[FINE_BOUNDS] = _fresh(blocks, 2, dtype=torch.float32)
             self._encode(everything)
 
     def _many_left(self) -> bool:
@@ -312,7 +316,7 @@ class ItemIndex:
 
 def _fresh(*shape: int, dtype: torch.dtype) -> Tensor:
     """Memory not written yet, on huge pages where the system has them."""
-    tensor = torch.empty(*shape, dtype=dtype)
+    tensor = torch.empty(*shape, dtype=dtype, device="cpu")
     _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-__all__ = ["address", "contiguous", "dtype_name", "matrix", "rows_of"]
+__all__ = ["address", "as_tensor", "contiguous", "dtype_name", "matrix", "rows_of"]
 
 
 def address(tensor: Tensor | None) -> int:
@@ -20,6 +23,11 @@ def dtype_name(tensor: Tensor) -> str:
 def matrix(tensor: Tensor) -> tuple[int, str, int, int, int]:
     """Address, dtype, shape and row stride of a tensor whose rows have no gaps."""
     return (address(tensor), dtype_name(tensor), *tensor.shape, tensor.stride(0))
+
+
+def as_tensor(value: Any) -> Tensor:
+    """A tensor as it is, where torch's own moves it to the default device; else a new one."""
+    return value if isinstance(value, Tensor) else torch.as_tensor(value)
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:

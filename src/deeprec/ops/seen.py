@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deeprec.ops.native import as_tensor
+
 __all__ = ["SeenItems"]
 
 
@@ -78,7 +80,7 @@ class SeenItems:
     @classmethod
     def from_padded(cls, history: Tensor | np.ndarray, pad: int = 0) -> SeenItems:
         """Every entry of the integer matrix ``history`` ``[B, L]`` but ``pad``."""
-        padded = torch.as_tensor(history)
+        padded = as_tensor(history)
         if padded.ndim != 2 or padded.is_floating_point() or padded.dtype == torch.bool:
             raise ValueError(
                 f"history must be an integer matrix [B, L], got {padded.dtype} of shape "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deeprec import _C, backends
+from deeprec.ops.native import as_tensor
 from deeprec.ops.reference import topk as reference
 from deeprec.ops.seen import SeenItems
 from deeprec.ops.watched import watched
@@ -89,7 +90,7 @@ def topk_retrieve(
 
 def as_items(items: Tensor | np.ndarray, name: str = "items") -> Tensor:
     """``items`` as a contiguous float matrix, or an error that says what it should be."""
-    tensor = torch.as_tensor(items).detach()
+    tensor = as_tensor(items).detach()
     if tensor.dtype not in ITEM_DTYPES:
         raise TypeError(
             f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}; use .float()"
@@ -101,7 +102,7 @@ def as_items(items: Tensor | np.ndarray, name: str = "items") -> Tensor:
 
 def as_queries(queries: Tensor | np.ndarray, items: Tensor) -> Tensor:
     """``queries`` as a contiguous float32 matrix that fits ``items``."""
-    tensor = torch.as_tensor(queries).detach()
+    tensor = as_tensor(queries).detach()
     if tensor.dtype != torch.float32:
         raise TypeError(f"queries must be float32, got {tensor.dtype}; use .float()")
     if tensor.ndim != 2 or tensor.shape[1] != items.shape[1]:

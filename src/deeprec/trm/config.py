@@ -6,6 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+# Options of the published code that a checkpoint's shape and arithmetic depend on.
+REFERENCE_OPTIONS = (
+    "n_items",
+    "plm_size",
+    "embedding_size",
+    "hidden_size",
+    "n_layers",
+    "n_heads",
+    "n_exps",
+    "max_his_len",
+    "dropout_prob",
+    "adaptor_dropout_prob",
+    "layer_norm_eps",
+)
+
 
 @dataclass(frozen=True)
 class TRMConfig:
@@ -57,8 +72,11 @@ class TRMConfig:
         """Translate the option names of the paper's published code.
 
         Raises ValueError for the options this architecture has no counterpart of: a causal
-        encoder, another activation than gelu, an adaptor of several layers.
+        encoder, another activation than gelu, an adaptor of several layers; and where one is
+        missing.
         """
+        if missing := [name for name in REFERENCE_OPTIONS if name not in config]:
+            raise ValueError(f"reference config: {', '.join(missing)} missing")
         if not config.get("bidirectional", True):
             raise ValueError("reference config: bidirectional must be True, got False")
         if config.get("hidden_act", "gelu") != "gelu":

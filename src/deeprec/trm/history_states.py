@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from deeprec.trm.packed import PackedTRM
+from deeprec.trm.request import as_history
 
 __all__ = ["HistoryStates"]
 
@@ -38,6 +39,9 @@ class HistoryStates:
 
     def of(self, packed: PackedTRM, history: Tensor, lengths: Tensor) -> Tensor:
         """:meth:`PackedTRM.history_states`, of unknown histories only; float32 ``[B, H]``."""
+        history, lengths = as_history(history, lengths, packed.sizes["max_length"])
+        if not len(history):
+            return packed.history_states(history, lengths)
         ids = history.cpu().numpy()
         keys = [row[:n].tobytes() for row, n in zip(ids, lengths.tolist(), strict=True)]
         unknown = {key: row for row, key in enumerate(keys) if key not in self._rows}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,6 +29,7 @@ from deeprec.trm.history_states import HistoryStates
 from deeprec.trm.layers import INIT_STD, Dropout, Encoder, MoEAdaptor, Rows
 from deeprec.trm.packed import PackedTRM
 from deeprec.trm.packing import sizes
+from deeprec.trm.request import as_history
 
 # What the paper's code puts into the column of the padding row.
 PADDING_SCORE = -1e9
@@ -131,15 +132,23 @@ class PreferenceAwareTRM(nn.Module):
         source = Path(folder) / CHECKPOINT
         if not source.is_file():
             raise FileNotFoundError(f"no trained TRM at {source}: train one, or fix the path")
-        with safe_open(source, framework="pt") as file:
-            metadata = file.metadata() or {}
+        try:
+            with safe_open(source, framework="pt") as file:
+                metadata = file.metadata() or {}
+            state = load_file(source)
+        except SafetensorError as error:
+            raise ValueError(f"{source} is damaged: {error}; train the TRM again") from None
         if "config" not in metadata:
             raise ValueError(
                 f"{source} has no TRM configuration in its header; load a published checkpoint "
                 "with PreferenceAwareTRM.from_reference(config, state_dict)"
             )
-        model = cls(TRMConfig(**json.loads(metadata["config"])))
-        model.load_state_dict(load_file(source))
+        try:
+            config = TRMConfig(**json.loads(metadata["config"]))
+        except TypeError as error:
+            raise ValueError(f"{source} is of another version of the TRM: {error}") from None
+        model = cls(config)
+        model.load_state_dict(state)
         return model.eval()
 
     def history_states(self, history: Tensor, lengths: Tensor) -> Tensor:
@@ -147,7 +156,7 @@ class PreferenceAwareTRM(nn.Module):
 
         It does not depend on the preference, so a conversation needs it once.
         """
-        self._check_history(history, lengths)
+        history, lengths = self.check_history(history, lengths)
         # The convolution runs over the model's length, all else over real items alone.
         padded = F.pad(history, (0, self.config.max_length - history.shape[1]))
         rows = Rows(lengths, int(lengths.max()) if len(lengths) else 1)
@@ -297,17 +306,9 @@ class PreferenceAwareTRM(nn.Module):
         sequence = (self.from_spectrum @ spectrum.flatten(1)).unflatten(1, spectrum.shape[1:])
         return sequence.transpose(0, 1)
 
-    def _check_history(self, history: Tensor, lengths: Tensor) -> None:
-        limit = self.config.max_length
-        if history.ndim != 2 or not 1 <= history.shape[1] <= limit:
-            raise ValueError(
-                f"history: expected item ids [B, L] with L from 1 to {limit}, got shape "
-                f"{tuple(history.shape)}; keep the last {limit} items"
-            )
-        if lengths.shape != history.shape[:1]:
-            raise ValueError(
-                f"lengths: expected shape ({len(history)},), got {tuple(lengths.shape)}"
-            )
+    def check_history(self, history: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Both as tensors, once they are what :meth:`PackedTRM.retrieve` describes."""
+        history, lengths = as_history(history, lengths, self.config.max_length)
         if len(lengths) and (int(lengths.min()) < 1 or int(lengths.max()) > history.shape[1]):
             raise ValueError(
                 f"lengths: expected values from 1 to {history.shape[1]} (the width of history), "
@@ -319,3 +320,4 @@ class PreferenceAwareTRM(nn.Module):
                 f"history: expected item ids 1 … {self.config.n_items} up to each row's length and "
                 "0 from there on; pad on the right"
             )
+        return history, lengths

@@ -11,11 +11,12 @@ import os
 import zlib
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from threading import RLock
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -31,8 +32,20 @@ if TYPE_CHECKING:
 __all__ = ["PackedTRM"]
 
 DTYPES = (torch.float32, torch.bfloat16)
+_T = TypeVar("_T")
+
 FILE, INDEX_FILE = "trm_packed.safetensors", "trm_items.safetensors"
 FORMAT = "deeprec.PackedTRM 2"
+
+
+class _once(cached_property[_T]):
+    """A cached property that one thread computes while others wait: Python's own has no lock."""
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        if instance is None:
+            return self
+        with instance._lock:
+            return super().__get__(instance, owner)
 
 
 class PackedTRM:
@@ -50,6 +63,7 @@ class PackedTRM:
     def __init__(self, model: PreferenceAwareTRM, dtype: torch.dtype = torch.float32) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
+        self._lock = RLock()
         self.dtype = dtype
         self.sizes = sizes(model.config)
         self.name = packed_op.named(self)
@@ -60,17 +74,25 @@ class PackedTRM:
 
     # ---- what is computed once, at first use ----
 
-    @cached_property
+    @_once
     def tensors(self) -> dict[str, Tensor]:
         """The kernel's tensors by name."""
-        return pack_tensors(self.module(), self.dtype)
+        tensors = pack_tensors(self.module(), self.dtype)
+        check_tensors(tensors, self.sizes, self.dtype)
+        return tensors
 
-    @cached_property
+    @_once
     def index(self) -> ItemIndex:
         """Items 1…n as rows 0…n−1, so that padding cannot be returned."""
-        return ItemIndex(self.module().item_embedding.weight.detach()[1:], metric="cosine")
+        rows = self.module().item_embedding.weight.detach()[1:].float()
+        zero = (rows == 0).all(1).nonzero()
+        if len(zero):
+            raise ValueError(
+                f"item_embedding.weight: row {int(zero[0]) + 1} is zero, which has no cosine"
+            )
+        return ItemIndex(rows, metric="cosine")
 
-    @cached_property
+    @_once
     def kernel_model(self) -> _C.TRMModel:
         """The kernel's view of :attr:`tensors`."""
         padding = has_padding_row(self.tensors)
@@ -80,7 +102,7 @@ class PackedTRM:
             {name: tensor.data_ptr() for name, tensor in self.tensors.items()},
         )
 
-    @cached_property
+    @_once
     def kernel_index(self) -> tuple[_C.ItemRows, _C.Prefilter]:
         """The kernel's view of :attr:`index`."""
         return item_rows(self.index.items), prefilter_view(self.index._table)
@@ -218,11 +240,15 @@ class PackedTRM:
             raise FileNotFoundError(
                 f"no packed TRM at {source}: write one with pack().save(folder)"
             )
-        with safe_open(source, framework="pt") as file:
-            header = file.metadata() or {}
+        try:
+            with safe_open(source, framework="pt") as file:
+                header = file.metadata() or {}
+        except SafetensorError as error:
+            raise ValueError(f"{source} is damaged, pack and save it again: {error}") from None
         if header.get("format") != FORMAT:
             raise ValueError(f"{source} is no packed TRM of this version; pack and save it again")
         packed = cls.__new__(cls)
+        packed._lock = RLock()
         packed.dtype = getattr(torch, header["dtype"])
         packed.sizes = json.loads(header["sizes"])
         packed.name = packed_op.named(packed)

@@ -33,8 +33,13 @@ def _kernel_request(asked: Request) -> _C.TRMRequest:
     )
 
 
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Where the kernel writes, whatever torch's default dtype and device are."""
+    return torch.empty(*shape, dtype=dtype, device="cpu")
+
+
 def _encode(packed: PackedTRM, asked: Request, *, states: bool) -> Tensor:
-    out = torch.empty(asked.count, packed.sizes["hidden"])
+    out = _empty(asked.count, packed.sizes["hidden"])
     _C.trm_encode(
         packed.kernel_model,
         _kernel_request(asked),
@@ -55,12 +60,15 @@ def _user_vectors(packed: PackedTRM, asked: Request) -> Tensor:
 def _retrieve(
     packed: PackedTRM, asked: Request, k: int, exclude: SeenItems | None, exclude_history: bool
 ) -> tuple[Tensor, Tensor]:
-    values = torch.empty(asked.count, k)
-    indices = torch.empty(asked.count, k, dtype=torch.int64)
+    values = _empty(asked.count, k)
+    indices = _empty(asked.count, k, dtype=torch.int64)
+    model = packed.kernel_model
+    rows, prefilter = packed.kernel_index
     _C.trm_retrieve(
-        packed.kernel_model,
+        model,
         _kernel_request(asked),
-        *packed.kernel_index,
+        rows,
+        prefilter,
         k,
         (0, 0) if exclude is None else (exclude.offsets.data_ptr(), exclude.ids.data_ptr()),
         exclude_history,

@@ -43,7 +43,7 @@ def _history(packed: PackedTRM, asked: Request) -> Tensor:
     history, lengths = asked.history, asked.lengths
     assert history is not None and lengths is not None
     count, width = history.shape
-    states = torch.empty(count, packed.sizes["hidden"], device=history.device)
+    states = history.new_empty(count, packed.sizes["hidden"], dtype=torch.float32)
     if not count:
         return states
     starts = packed_gpu.item_starts(lengths, width)

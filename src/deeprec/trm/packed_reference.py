@@ -10,7 +10,7 @@ from torch import Tensor
 from deeprec import backends
 from deeprec.ops import SeenItems, TopK
 from deeprec.trm import packed_op
-from deeprec.trm.request import Request, search_items
+from deeprec.trm.request import Request, check_finite, search_items
 
 if TYPE_CHECKING:
     from deeprec.trm.packed import PackedTRM
@@ -28,7 +28,10 @@ def _history(packed: PackedTRM, asked: Request) -> Tensor:
 @torch.no_grad()
 def _user_vectors(packed: PackedTRM, asked: Request) -> Tensor:
     model = packed.module()
-    states = asked.states if asked.states is not None else _history(packed, asked)
+    check_finite(asked)
+    states = _history(packed, asked) if asked.states is None else asked.states
+    if asked.states is not None and asked.history is not None and asked.lengths is not None:
+        model.check_history(asked.history, asked.lengths)
     with model.evaluating():
         return model.with_preference(states, asked.preference)
 

@@ -267,7 +267,7 @@ def _history(packed: PackedTRM, asked: Request) -> Tensor:
     history, lengths = asked.history, asked.lengths
     assert history is not None and lengths is not None
     if not len(history):
-        return torch.empty(0, packed.sizes["hidden"], device=history.device)
+        return history.new_empty(0, packed.sizes["hidden"], dtype=torch.float32)
     with torch.cuda.device_of(history):
         return _Encoding(_model(packed), history, lengths).run()
 

@@ -7,9 +7,10 @@ padded with zeros to whole panels, heads each on its own.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ParamSpec, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from deeprec.trm.model import PreferenceAwareTRM
 
 __all__ = ["check_tensors", "has_padding_row", "pack_tensors", "row_major_tensors", "sizes"]
+
+_P = ParamSpec("_P")
 
 PANEL = 32
 CHANNELS = 16
@@ -46,6 +49,17 @@ def sizes(config: TRMConfig) -> dict[str, int]:
         "n_experts": config.n_experts,
         "max_length": config.max_length,
     }
+
+
+def _plainly(pack: Callable[_P, dict[str, Tensor]]) -> Callable[_P, dict[str, Tensor]]:
+    """Not under the caller's autocast: what it would round stays packed."""
+
+    @functools.wraps(pack)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> dict[str, Tensor]:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return pack(*args, **kwargs)
+
+    return run
 
 
 def check_tensors(
@@ -109,6 +123,7 @@ def check_tensors(
 
 
 @torch.no_grad()
+@_plainly
 def pack_tensors(model: PreferenceAwareTRM, dtype: torch.dtype) -> dict[str, Tensor]:
     """The kernel's tensors by name; weights of linear maps in ``dtype``, all else in float32.
 
@@ -127,13 +142,13 @@ def pack_tensors(model: PreferenceAwareTRM, dtype: torch.dtype) -> dict[str, Ten
     config, hidden = model.config, model.config.hidden
     width, head = padded(hidden), hidden // config.n_heads
     tensors = {
-        "items": model.item_embedding.weight.detach().contiguous(),
+        "items": model.item_embedding.weight.detach().float().contiguous(),
         "texts": adapted_texts(model),
         "kernel": _by_channels(_pad(filter_in_time(model).repeat(2, 1), width)),
         "gates.weight": _pad(
             torch.cat([model.item_gating.weight, model.fusion_gating.weight]), width
         ),
-        "gates.bias": torch.cat([model.item_gating.bias, model.fusion_gating.bias]),
+        "gates.bias": torch.cat([model.item_gating.bias, model.fusion_gating.bias]).float(),
         "positions": _pad(model.position_embedding.weight, width),
         **_norm("input_norm", model.LayerNorm),
         **_norm("output_norm", model.OutLayerNorm),
@@ -179,6 +194,7 @@ def pack_tensors(model: PreferenceAwareTRM, dtype: torch.dtype) -> dict[str, Ten
 
 
 @torch.no_grad()
+@_plainly
 def row_major_tensors(model: PreferenceAwareTRM) -> dict[str, Tensor]:
     """What the GPU kernels take, by name: float32, weights ``[out, in]``, nothing padded.
 
@@ -234,7 +250,7 @@ def adapted_texts(model: PreferenceAwareTRM) -> Tensor:
     was_training = adaptor.training
     adaptor.eval()  # dropout and the gate's noise are for training
     try:
-        return torch.cat([adaptor(rows) for rows in table.split(CHUNK)])
+        return torch.cat([adaptor(rows) for rows in table.split(CHUNK)]).float()
     finally:
         adaptor.train(was_training)
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from deeprec.ops import ItemIndex, SeenItems, TopK
+from deeprec.ops.native import as_tensor
 
-__all__ = ["Request", "check_exclusions", "search_items"]
+__all__ = ["Request", "as_history", "check_exclusions", "check_finite", "search_items"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,9 @@ class Request:
 
         Raises TypeError or ValueError, naming the argument.
         """
-        ids, counts = _history(history, lengths, sizes["max_length"], states)
+        ids, counts = None, None
+        if history is not None or lengths is not None or states is None:
+            ids, counts = as_history(history, lengths, sizes["max_length"])
         count = len(states if ids is None else ids)  # type: ignore[arg-type]
         if states is not None:
             way_out = "history_states gives it"
@@ -68,14 +71,14 @@ class Request:
         return [tensor for tensor in tensors if tensor is not None]
 
 
-def _history(
-    history: Any, lengths: Any, limit: int, states: Any
-) -> tuple[Tensor | None, Tensor | None]:
-    if history is None and lengths is None and states is not None:
-        return None, None
+def as_history(history: Any, lengths: Any, limit: int) -> tuple[Tensor, Tensor]:
+    """Item ids ``[B, L]`` and lengths ``[B]``, contiguous; values are not looked at.
+
+    Raises TypeError or ValueError, naming the argument.
+    """
     if history is None or lengths is None:
         raise ValueError("history and lengths: expected both, or states without them")
-    ids, counts = _tensor(history), _tensor(lengths)
+    ids, counts = as_tensor(history), as_tensor(lengths)
     for name, tensor in (("history", ids), ("lengths", counts)):
         if tensor.dtype != torch.int64:
             raise TypeError(f"{name}: expected int64, got {tensor.dtype}; use .long()")
@@ -90,7 +93,7 @@ def _history(
 
 
 def _matrix(name: str, value: Any, rows: int, columns: int, way_out: str) -> Tensor:
-    tensor = _tensor(value)
+    tensor = as_tensor(value)
     if tensor.shape != (rows, columns):
         raise ValueError(
             f"{name}: expected shape ({rows}, {columns}), got {tuple(tensor.shape)}; {way_out}"
@@ -98,10 +101,6 @@ def _matrix(name: str, value: Any, rows: int, columns: int, way_out: str) -> Ten
     if tensor.dtype != torch.float32:
         raise TypeError(f"{name}: expected float32, got {tensor.dtype}; use .float()")
     return (tensor.detach() if tensor.requires_grad else tensor).contiguous()
-
-
-def _tensor(value: Any) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.as_tensor(value)
 
 
 def check_exclusions(asked: Request, exclude: SeenItems | None, exclude_history: bool) -> None:
@@ -115,6 +114,14 @@ def check_exclusions(asked: Request, exclude: SeenItems | None, exclude_history:
         raise ValueError("exclude_history: needs history and lengths beside states")
 
 
+def check_finite(asked: Request) -> None:
+    """Raise ValueError for the first row of a preference or state that is not finite."""
+    for name, rows in (("preference", asked.preference), ("states", asked.states)):
+        if rows is not None and not bool(rows.isfinite().all()):
+            row = int((~rows.isfinite()).any(1).nonzero()[0])
+            raise ValueError(f"{name}: row {row} holds NaN or infinity; every row must be finite")
+
+
 def search_items(
     index: ItemIndex,
     users: Tensor,
@@ -124,7 +131,16 @@ def search_items(
     exclude_history: bool,
     backend: str | None = None,
 ) -> TopK:
-    """The ids of the k best rows of an index of items 1…n, and −1 where there are no more."""
+    """The ids of the k best rows of an index of items 1…n, and −1 where there are no more.
+
+    Raises IndexError, on a CPU, for an excluded id that is none of these.
+    """
+    if exclude is not None and exclude.ids.device.type == "cpu" and len(exclude.ids):
+        low, high = int(exclude.ids.min()), int(exclude.ids.max())
+        if not 1 <= low <= high <= len(index):
+            raise IndexError(
+                f"exclude: holds ids from {low} to {high}, but items are 1 … {len(index)}"
+            )
     found = index.search(users, k, _excluded_rows(asked, exclude, exclude_history), backend=backend)
     return TopK(found.values, torch.where(found.indices < 0, -1, found.indices + 1))
 
