@@ -145,9 +145,7 @@ class _Timed:
 
     def __exit__(self, *error: object) -> None:
         seconds = time.perf_counter() - self._start
-        count = _COUNTS.get(self._key)
-        if count is None:
-            count = _COUNTS[self._key] = OpCount()
+        count = _COUNTS.get(self._key) or _COUNTS.setdefault(self._key, OpCount())
         count.calls += 1
         count.seconds += seconds
 

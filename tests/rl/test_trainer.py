@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from deeprec.ops import TopK
 from deeprec.rl import (
     ADVANTAGES,
     CheckpointError,
@@ -279,9 +280,12 @@ def test_every_request_is_used_before_any_is_used_again() -> None:
 
 def test_selection_keeps_what_the_recommender_ranks_high(warm_world: Callable) -> None:
     world = warm_world()
-    world.env.trm.retrieve = lambda history, lengths, preference, k, *, exclude=None: type(
-        "TopK", (), {"indices": torch.arange(1, k + 1).expand(len(history), k)}
-    )
+
+    def ranked_by_id(history, lengths, preference, k, *, exclude_history):
+        assert exclude_history
+        return TopK(torch.zeros(len(history), k), torch.arange(1, k + 1).expand(len(history), k))
+
+    world.env.trm.retrieve = ranked_by_id
     kept = select_requests(world.env.trm, world.requests, max_rank=20)
     assert 0 < len(kept) < len(world.requests)
     assert kept.targets.max() <= 20

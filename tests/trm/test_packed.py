@@ -62,6 +62,17 @@ def test_any_shape_gives_the_eager_vectors_and_ranking(
     k = min(5, shape["n_items"])
     found = packed.retrieve(history, lengths, preference, k)
     assert_same_ranking(model, eager(model, history, lengths, preference), found, k)
+    # A later turn, a history without padding on the right, and one that must not be found.
+    states = packed.history_states(history, lengths)
+    assert torch.equal(packed.user_vectors(None, None, preference, states=states), users)
+    longest = int(lengths.max())
+    assert torch.equal(packed.user_vectors(history[:, :longest], lengths, preference), users)
+    new = packed.retrieve(history, lengths, preference, k, exclude_history=True)
+    kept = packed.retrieve(history, lengths, preference, shape["n_items"])
+    for row in range(rows):
+        seen = set(history[row].tolist())
+        left = [item for item in kept.indices[row].tolist() if item not in seen][:k]
+        assert new.indices[row].tolist() == left + [-1] * (k - len(left))
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -81,6 +81,22 @@ def test_every_tensor_has_its_shape(data: st.DataObject) -> None:
             check_tensors(tensors, packed.sizes, dtype)
 
 
+def test_load_finds_changed_bytes(tmp_path: Path) -> None:
+    model = make()
+    model.pack().save(tmp_path)
+    path = tmp_path / "trm_packed.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-40] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"trm_packed.* its checksum differs"):
+        PackedTRM.load(tmp_path)
+    PackedTRM.load(tmp_path, verify=False).retrieve(*ask(model, 3), 3)
+    for damaged in (b"", content[:200], b"\0" * 100):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"trm_packed\.safetensors is damaged"):
+            PackedTRM.load(tmp_path)
+
+
 def test_load_names_a_tensor_of_another_shape(tmp_path: Path) -> None:
     packed = make().pack()
     packed.tensors["layer.0.up.bias"] = torch.zeros(3)

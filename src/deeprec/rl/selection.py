@@ -29,18 +29,17 @@ def select_requests(
     Where the TRM is lost no preference brings the target back, and every sample of the prompt
     earns the same (DeepRec, section 4).
     """
-    from deeprec.ops import SeenItems
-
+    device = next(trm.parameters()).device
     kept: list[NDArray[np.int64]] = []
     for start in range(0, len(requests), BATCH):
         rows = np.arange(start, min(start + BATCH, len(requests)))
         batch = requests[rows]
         found = trm.retrieve(
-            torch.from_numpy(batch.history),
-            torch.from_numpy(batch.lengths),
+            torch.from_numpy(batch.history).to(device),
+            torch.from_numpy(batch.lengths).to(device),
             None,
             max_rank,
-            exclude=SeenItems.from_padded(batch.history, pad=0) if exclude_history else None,
+            exclude_history=exclude_history,
         )
         ranked = found.indices.cpu().numpy()
         kept.append(rows[(ranked == batch.targets[:, None]).any(axis=1)])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from threading import RLock
@@ -35,7 +36,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 _T = TypeVar("_T")
 
 FILE, INDEX_FILE = "trm_packed.safetensors", "trm_items.safetensors"
-FORMAT = "deeprec.PackedTRM 2"
+FORMAT = "deeprec.PackedTRM 3"
 
 
 class _once(cached_property[_T]):
@@ -219,7 +220,8 @@ class PackedTRM:
             "sizes": json.dumps(self.sizes),
             "eps": repr(self.eps),
             "dtype": str(self.dtype).removeprefix("torch."),
-            "items": _checksum(self.index),
+            "checksum": _checksum(self.tensors),
+            "items": _checksum({"items": self.index.items}),
         }
         self.index.save(target / INDEX_FILE)
         try:
@@ -229,9 +231,10 @@ class PackedTRM:
             temporary.unlink(missing_ok=True)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> PackedTRM:
+    def load(cls, folder: str | os.PathLike[str], *, verify: bool = True) -> PackedTRM:
         """Map what :meth:`save` wrote into memory; pages are shared between processes.
 
+        ``verify=False`` trusts the content and skips the checksums, which read the files once.
         Raises FileNotFoundError or ValueError where it is not there or of another kind, naming the
         tensor that does not fit.
         """
@@ -260,8 +263,10 @@ class PackedTRM:
             check_tensors(packed.tensors, packed.sizes, packed.dtype)
         except ValueError as error:
             raise ValueError(f"{source} is damaged, pack and save it again: {error}") from None
-        packed.index = ItemIndex.load(Path(folder) / INDEX_FILE)
-        if header.get("items") != _checksum(packed.index):
+        if verify and header.get("checksum") != _checksum(packed.tensors):
+            raise ValueError(f"{source} is damaged, pack and save it again: its checksum differs")
+        packed.index = ItemIndex.load(Path(folder) / INDEX_FILE, verify=verify)
+        if verify and header.get("items") != _checksum({"items": packed.index.items}):
             raise ValueError(
                 f"{source} and {INDEX_FILE} beside it are of different models; save both again"
             )
@@ -274,6 +279,9 @@ class PackedTRM:
         )
 
 
-def _checksum(index: ItemIndex) -> str:
-    """Tells item tables apart."""
-    return f"{zlib.crc32(index.items.numpy().data):08x}"
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Tells contents apart."""
+    checksum = 0
+    for _, tensor in sorted(tensors.items()):
+        checksum = zlib.crc32(tensor.view(torch.uint8).numpy().data, checksum)
+    return f"{checksum:08x}"

@@ -218,9 +218,8 @@ def validation_ndcg(model: PreferenceAwareTRM, requests: Requests, k: int = 10) 
         part = requests[start : start + VALIDATION_BATCH]
         history = torch.from_numpy(part.history).to(device)
         lengths = torch.from_numpy(part.lengths).to(device)
-        seen = SeenItems.from_padded(history)
-        found = model.retrieve(history, lengths, None, k, exclude=seen).indices.cpu().numpy()
-        ranks = np.nonzero(found == part.targets[:, None])[1]
+        found = model.retrieve(history, lengths, None, k, exclude_history=True)
+        ranks = np.nonzero(found.indices.cpu().numpy() == part.targets[:, None])[1]
         total += float((1.0 / np.log2(ranks + 2.0)).sum())
     return total / len(requests)
 
