@@ -126,8 +126,9 @@ class Finish {
     all_.resize(size_t(drop_below(all_.data(), count(), threshold_)));
   }
 
-  // Puts the best in order, if few candidates are left and no two of the same value. Counting what is
-  // better has no branches that go either way, where sorting has one at every step: some 3% of a search.
+  // Puts the best in order, if few candidates are left and no two of the same value. Counting what
+  // is better has no branches that go either way, where sorting has one at every step: some 3% of
+  // a search.
   bool rank(int64_t kept) {
     const int64_t n = count();
     if (n > kRanked) return false;
