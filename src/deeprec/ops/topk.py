@@ -212,6 +212,13 @@ def _fake_topk(
     return outputs(queries, k)
 
 
+def check_finite(name: str, rows: Tensor, each: str = "row") -> None:
+    """Raise ValueError for the first of these rows that is not finite."""
+    if rows.numel() and not _all_finite(rows):
+        row = int((~rows.isfinite()).any(1).nonzero()[0])
+        raise ValueError(f"{name}: row {row} holds NaN or infinity; every {each} must be finite")
+
+
 def _all_finite(values: Tensor) -> bool:
     low, high = torch.aminmax(values)  # NaN is passed on, and nothing is stored
     return bool(torch.isfinite(low) & torch.isfinite(high))
@@ -277,9 +284,7 @@ def _run_reference(
     ids: Tensor | None,
     k: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if queries.numel() and not _all_finite(queries):
-        row = int((~queries.isfinite()).any(1).nonzero()[0])
-        raise ValueError(f"queries: row {row} holds NaN or infinity; every query must be finite")
+    check_finite("queries", queries, "query")
     values, indices = reference.topk(queries, items, offsets, ids, k)
     counts = indices.new_zeros(2, len(queries))
     counts[0] = len(items)
@@ -296,9 +301,7 @@ backends.register(OP, "reference", _run_reference, lambda queries, items, k=1: N
 
 @torch.library.impl(_LIBRARY, "normalize_rows", "CompositeExplicitAutograd")
 def _normalize_rows(vectors: Tensor, name: str) -> Tensor:
-    if vectors.numel() and not _all_finite(vectors):
-        row = int((~vectors.isfinite()).any(1).nonzero()[0])
-        raise ValueError(f"{name}: row {row} holds NaN or infinity; every row must be finite")
+    check_finite(name, vectors)
     zero = (vectors == 0).all(1).nonzero()
     if len(zero):
         raise ValueError(

@@ -11,11 +11,10 @@ __all__ = ["watched"]
 def watched(*tensors: Tensor) -> bool:
     """Whether somebody wants to see an op: a compiler, a tracer, a transform, a mode, a profiler.
 
-    A subclass of Tensor counts as one.
+    A subclass of Tensor does.
 
     Where nobody does, an op's body can be called instead. The dispatcher adds 13 us to the 27 that
-    one query takes against 2,414 items, and after other work, which has pushed it out of the
-    caches, some 50 to any call.
+    one query takes against 2,414 items.
     """
     return (
         torch.compiler.is_compiling()

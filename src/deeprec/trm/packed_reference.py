@@ -9,8 +9,9 @@ from torch import Tensor
 
 from deeprec import backends
 from deeprec.ops import SeenItems, TopK
+from deeprec.ops.topk import check_finite
 from deeprec.trm import packed_op
-from deeprec.trm.request import Request, check_finite, search_items
+from deeprec.trm.request import Request, search_items
 
 if TYPE_CHECKING:
     from deeprec.trm.packed import PackedTRM
@@ -28,10 +29,15 @@ def _history(packed: PackedTRM, asked: Request) -> Tensor:
 @torch.no_grad()
 def _user_vectors(packed: PackedTRM, asked: Request) -> Tensor:
     model = packed.module()
-    check_finite(asked)
-    states = _history(packed, asked) if asked.states is None else asked.states
-    if asked.states is not None and asked.history is not None and asked.lengths is not None:
-        model.check_history(asked.history, asked.lengths)
+    for name, rows in (("preference", asked.preference), ("states", asked.states)):
+        if rows is not None:
+            check_finite(name, rows)
+    if asked.states is None:
+        states = _history(packed, asked)
+    else:
+        states = asked.states
+        if asked.history is not None and asked.lengths is not None:
+            model.check_history(asked.history, asked.lengths)
     with model.evaluating():
         return model.with_preference(states, asked.preference)
 

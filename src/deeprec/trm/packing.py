@@ -7,10 +7,9 @@ padded with zeros to whole panels, heads each on its own.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ParamSpec, cast
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
     from deeprec.trm.model import PreferenceAwareTRM
 
 __all__ = ["check_tensors", "has_padding_row", "pack_tensors", "row_major_tensors", "sizes"]
-
-_P = ParamSpec("_P")
 
 PANEL = 32
 CHANNELS = 16
@@ -51,17 +48,6 @@ def sizes(config: TRMConfig) -> dict[str, int]:
     }
 
 
-def _plainly(pack: Callable[_P, dict[str, Tensor]]) -> Callable[_P, dict[str, Tensor]]:
-    """Not under the caller's autocast: what it would round stays packed."""
-
-    @functools.wraps(pack)
-    def run(*args: _P.args, **kwargs: _P.kwargs) -> dict[str, Tensor]:
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            return pack(*args, **kwargs)
-
-    return run
-
-
 def check_tensors(
     tensors: Mapping[str, Tensor], sizes: Mapping[str, int], dtype: torch.dtype
 ) -> None:
@@ -81,11 +67,9 @@ def check_tensors(
         "gates.bias": (2,),
         "positions": (sizes["max_length"], width),
     }
-    floats = set(expected)
 
     def norm(name: str) -> None:
         expected[f"{name}.weight"] = expected[f"{name}.bias"] = (width,)
-        floats.add(f"{name}.weight")
 
     def linear(name: str, inputs: int, out: int, *, bias: bool = True) -> None:
         pairs = dtype == torch.bfloat16
@@ -111,7 +95,7 @@ def check_tensors(
         norm(name + "attention_norm")
         norm(name + "feed_norm")
     for name, shape in expected.items():
-        of = torch.float32 if name in floats or name.endswith(".bias") else dtype
+        of = dtype if name.endswith(".weight") and len(shape) > 2 else torch.float32
         tensor = tensors.get(name)
         if tensor is None:
             raise ValueError(f"{name}: expected {of} of shape {shape}, which is missing")
@@ -123,7 +107,6 @@ def check_tensors(
 
 
 @torch.no_grad()
-@_plainly
 def pack_tensors(model: PreferenceAwareTRM, dtype: torch.dtype) -> dict[str, Tensor]:
     """The kernel's tensors by name; weights of linear maps in ``dtype``, all else in float32.
 
@@ -194,7 +177,6 @@ def pack_tensors(model: PreferenceAwareTRM, dtype: torch.dtype) -> dict[str, Ten
 
 
 @torch.no_grad()
-@_plainly
 def row_major_tensors(model: PreferenceAwareTRM) -> dict[str, Tensor]:
     """What the GPU kernels take, by name: float32, weights ``[out, in]``, nothing padded.
 
@@ -250,7 +232,8 @@ def adapted_texts(model: PreferenceAwareTRM) -> Tensor:
     was_training = adaptor.training
     adaptor.eval()  # dropout and the gate's noise are for training
     try:
-        return torch.cat([adaptor(rows) for rows in table.split(CHUNK)]).float()
+        with torch.autocast(table.device.type, enabled=False):  # what it rounds would stay packed
+            return torch.cat([adaptor(rows) for rows in table.split(CHUNK)]).float()
     finally:
         adaptor.train(was_training)
 

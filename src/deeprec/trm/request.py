@@ -13,7 +13,7 @@ from torch import Tensor
 from deeprec.ops import ItemIndex, SeenItems, TopK
 from deeprec.ops.native import as_tensor
 
-__all__ = ["Request", "as_history", "check_exclusions", "check_finite", "search_items"]
+__all__ = ["Request", "as_history", "check_exclusions", "search_items"]
 
 
 @dataclass(frozen=True)
@@ -112,14 +112,6 @@ def check_exclusions(asked: Request, exclude: SeenItems | None, exclude_history:
         )
     if exclude_history and asked.history is None:
         raise ValueError("exclude_history: needs history and lengths beside states")
-
-
-def check_finite(asked: Request) -> None:
-    """Raise ValueError for the first row of a preference or state that is not finite."""
-    for name, rows in (("preference", asked.preference), ("states", asked.states)):
-        if rows is not None and not bool(rows.isfinite().all()):
-            row = int((~rows.isfinite()).any(1).nonzero()[0])
-            raise ValueError(f"{name}: row {row} holds NaN or infinity; every row must be finite")
 
 
 def search_items(
