@@ -194,8 +194,8 @@ def test_load_says_what_is_damaged(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"another version.*n_towers"):
         PreferenceAwareTRM.load(tmp_path)
     config, state, _ = reference("trm_small")
-    del config["n_exps"], config["max_his_len"]
-    with pytest.raises(ValueError, match="n_exps, max_his_len missing"):
+    del config["n_exps"]
+    with pytest.raises(ValueError, match="'n_exps' is missing"):
         PreferenceAwareTRM.from_reference(config, state)
 
 

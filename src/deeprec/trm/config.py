@@ -6,21 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Options of the published code that a checkpoint's shape and arithmetic depend on.
-REFERENCE_OPTIONS = (
-    "n_items",
-    "plm_size",
-    "embedding_size",
-    "hidden_size",
-    "n_layers",
-    "n_heads",
-    "n_exps",
-    "max_his_len",
-    "dropout_prob",
-    "adaptor_dropout_prob",
-    "layer_norm_eps",
-)
-
 
 @dataclass(frozen=True)
 class TRMConfig:
@@ -75,31 +60,32 @@ class TRMConfig:
         encoder, another activation than gelu, an adaptor of several layers; and where one is
         missing.
         """
-        if missing := [name for name in REFERENCE_OPTIONS if name not in config]:
-            raise ValueError(f"reference config: {', '.join(missing)} missing")
         if not config.get("bidirectional", True):
             raise ValueError("reference config: bidirectional must be True, got False")
         if config.get("hidden_act", "gelu") != "gelu":
             raise ValueError(
                 f"reference config: hidden_act must be 'gelu', got {config['hidden_act']!r}"
             )
-        text_dim, hidden = int(config["plm_size"]), int(config["embedding_size"])
-        layers = list(config.get("adaptor_layers", [text_dim, hidden]))
-        if layers != [text_dim, hidden]:
-            raise ValueError(
-                "reference config: adaptor_layers must be [plm_size, embedding_size] = "
-                f"{[text_dim, hidden]}, got {layers}"
+        try:
+            text_dim, hidden = int(config["plm_size"]), int(config["embedding_size"])
+            layers = list(config.get("adaptor_layers", [text_dim, hidden]))
+            if layers != [text_dim, hidden]:
+                raise ValueError(
+                    "reference config: adaptor_layers must be [plm_size, embedding_size] = "
+                    f"{[text_dim, hidden]}, got {layers}"
+                )
+            return cls(
+                n_items=int(config["n_items"]),
+                text_dim=text_dim,
+                hidden=hidden,
+                inner=int(config["hidden_size"]),
+                n_layers=int(config["n_layers"]),
+                n_heads=int(config["n_heads"]),
+                n_experts=int(config["n_exps"]),
+                max_length=int(config["max_his_len"]),
+                dropout=float(config["dropout_prob"]),
+                adaptor_dropout=float(config["adaptor_dropout_prob"]),
+                layer_norm_eps=float(config["layer_norm_eps"]),
             )
-        return cls(
-            n_items=int(config["n_items"]),
-            text_dim=text_dim,
-            hidden=hidden,
-            inner=int(config["hidden_size"]),
-            n_layers=int(config["n_layers"]),
-            n_heads=int(config["n_heads"]),
-            n_experts=int(config["n_exps"]),
-            max_length=int(config["max_his_len"]),
-            dropout=float(config["dropout_prob"]),
-            adaptor_dropout=float(config["adaptor_dropout_prob"]),
-            layer_norm_eps=float(config["layer_norm_eps"]),
-        )
+        except KeyError as option:
+            raise ValueError(f"reference config: {option} is missing") from None
